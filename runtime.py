@@ -1,0 +1,518 @@
+"""What the scripts share that is not about diffusion.
+
+Errors for the user, devices and ranks, precision, random seeds, safe files (checkpoints, downloads, pickles
+of unknown origin) and logs. Nothing in this file knows what is being trained.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pickle
+import shutil
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+# ---------------------------------------------------------------------------------------------------------
+# Errors.
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that names the cause and the remedy."""
+
+
+def run(main):
+    """Call `main()`; turn bad input into one line on standard error and exit code 2 instead of a traceback."""
+    try:
+        main()
+    except UserError as error:
+        _stop(error)
+    except torch.OutOfMemoryError:
+        _stop("out of GPU memory; lower --micro-batch (the result stays the same) or --batch")
+    except OSError as error:  # a full disk, a path without permission: the system's own words are clear
+        _stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to continue from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _stop(message):
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Device, ranks, precision.
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Where this process computes: its device, its place among the ranks, its precision."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    precision: str = "fp32"
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def autocast(self):
+        """Context in which matrix products and convolutions run in the chosen precision."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "fp32")
+
+    def grad_scaler(self):
+        """Loss scaling, which float16 needs and the others pass through."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def print(self, *args, **kwargs):
+        """Print from the first rank only."""
+        if self.is_main:
+            print(*args, **kwargs, flush=True)
+
+    def sum(self, tensor):
+        """Sum of `tensor` over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self):
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def first(self, make):
+        """Value of `make()` from the first rank, given to all; an error there stops all of them."""
+        if self.world_size == 1:
+            return make()
+        box = [None]
+        if self.is_main:
+            try:
+                box = [(make(), None)]
+            except UserError as error:
+                box = [(None, str(error))]
+        dist.broadcast_object_list(box, src=0)
+        value, error = box[0]
+        if error is not None:
+            raise UserError(error)
+        return value
+
+
+    def main_first(self, make):
+        """`make()` on every rank, the first one ahead of the others: it fills the caches that they then find."""
+        box = []
+        self.first(lambda: box.append(make()))
+        return box[0] if self.is_main else make()
+
+
+def start(device="auto", precision="fp32"):
+    """Join the ranks that torchrun started (if it did) and choose the device and the precision.
+
+    `device` is "auto", "cpu" or "cuda". `precision` is "fp32", "bf16", "fp16" or "auto": bf16 on GPUs that have
+    it, fp16 on older GPUs, fp32 on the CPU. "fp32" means float32 throughout: TF32 stays off.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if kind == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"more ranks than GPUs: lower --nproc-per-node to {torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    if precision == "auto":
+        precision = "fp32" if kind == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if precision == "fp16" and kind == "cpu":
+        raise UserError("--precision fp16 is for GPUs; on the CPU use --precision bf16 or fp32")
+    index = torch.cuda.current_device() if kind == "cuda" else None
+    return Runtime(torch.device(kind, index), rank, world_size, precision)
+
+
+def split_batch(batch, micro_batch, world_size):
+    """Number of micro-batches each rank takes per step, and their size: batch = world_size * count * size.
+
+    `batch` is global and decides the result; `micro_batch` (at most so many images on a device at once, or None)
+    decides only the memory.
+    """
+    if batch < 1 or batch % world_size:
+        raise UserError(f"--batch {batch} does not divide among {world_size} ranks; use a multiple of {world_size}")
+    per_rank = batch // world_size
+    size = min(micro_batch or per_rank, per_rank)
+    if size < 1 or per_rank % size:
+        raise UserError(f"--micro-batch {size} does not divide the {per_rank} images of each rank; use a divisor")
+    return per_rank // size, size
+
+
+def optimizer_step(optimizer, scaler, runtime):
+    """Sum the gradients over the ranks (in one message), take a step, and forget them."""
+    if runtime.world_size > 1:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        dist.all_reduce(flat)
+        torch._foreach_copy_(grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads)])
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Randomness. Each draw depends on a key such as (seed, images seen, purpose) and on nothing else, so a run that
+# was interrupted continues with the very numbers it would have drawn.
+
+
+def seed_of(*key):
+    """A 63-bit seed from integers and strings, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def generator(device, *key):
+    """A random generator on `device` whose numbers depend only on `key`."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files: nothing half-written, nothing executed.
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path`; on success it replaces `path`, on failure `path` stays as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def save_checkpoint(data, path):
+    """Write plain data (dicts, lists, numbers, strings, tensors) to `path`, atomically."""
+    with atomic(path) as part:
+        torch.save(data, part)
+
+
+def load_checkpoint(path):
+    """Read what `save_checkpoint` wrote, to the CPU. Nothing but plain data is accepted; nothing is executed."""
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a checkpoint of this project, or a damaged one ({type(error).__name__})") from None
+    if not isinstance(data, dict) or "kind" not in data:
+        raise UserError(f"{path}: not a checkpoint of this project")
+    return data
+
+
+class _NumpyDtype:
+    """Stands in for numpy.dtype in a pickle: keeps the name and the byte order, knows only plain numbers."""
+
+    def __init__(self, name, *_):
+        self.name, self.order = (name.decode() if isinstance(name, bytes) else name), "|"
+
+    def __setstate__(self, state):
+        self.order = state[1].decode() if isinstance(state[1], bytes) else state[1]
+
+    def real(self):
+        if self.name.lstrip("<>|=")[:1] not in ("b", "i", "u", "f"):
+            raise UserError(f"a pickle holds an array of type {self.name!r}; only plain numbers are read")
+        return np.dtype(self.name).newbyteorder(self.order)
+
+
+class PickledArray:
+    """Stands in for numpy.ndarray in a pickle: keeps the raw bytes; `array()` makes the real one."""
+
+    def __init__(self, *_):
+        self.state = None
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def array(self):
+        if self.state is None:
+            raise UserError("a pickle holds an array without contents")
+        try:
+            _, shape, dtype, fortran, raw = self.state
+            raw = raw.encode("latin1") if isinstance(raw, str) else raw
+            return np.frombuffer(raw, dtype.real()).reshape(shape, order="F" if fortran else "C")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"a pickle holds a damaged array ({error})") from None
+
+
+def _numpy_scalar(dtype, raw=b"\0"):
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw
+    return np.frombuffer(raw, dtype.real())[0].item()
+
+
+def _encode(text, encoding="utf-8"):  # how Python 2 and old protocols spell bytes
+    return str(text).encode("latin1" if encoding == "latin1" else "utf-8")
+
+
+# What numpy data needs in a pickle. Every entry is inert: a class or function of this file.
+NUMPY_STAND_INS = {
+    "_codecs.encode": _encode,
+    "numpy.dtype": _NumpyDtype,
+    "numpy.ndarray": PickledArray,
+    **{f"numpy.{core}.multiarray._reconstruct": PickledArray for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": _numpy_scalar for core in ("core", "_core")},
+}
+
+
+class _StandInUnpickler(pickle.Unpickler):
+    def __init__(self, file, stand_ins, **kwargs):
+        super().__init__(file, **kwargs)
+        self.stand_ins = stand_ins
+
+    def find_class(self, module, name):
+        if f"{module}.{name}" in self.stand_ins:
+            return self.stand_ins[f"{module}.{name}"]
+        raise UserError(f"refused: it asks for {module}.{name}, which no data file of this kind needs")
+
+
+def read_pickle(file, stand_ins, what, encoding="ASCII"):
+    """Unpickle `file` (an open binary file) with the callables in `stand_ins` {"module.name": callable} and no others.
+
+    Nothing that the pickle names is imported or run: a name outside `stand_ins` raises `UserError` with that name.
+    `what` names the file in error messages. Arrays come back as `PickledArray`.
+    """
+    try:
+        return _StandInUnpickler(file, stand_ins, encoding=encoding).load()
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+    except Exception as error:  # a damaged pickle can fail in any way inside the unpickler
+        raise UserError(f"{what}: not a readable pickle, or a damaged one ({type(error).__name__}: {error})") from None
+
+
+def file_hash(path, algorithm="sha256"):
+    """Hexadecimal hash of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest() if hasattr(hashlib, "file_digest") else _digest(file, algorithm)
+
+
+def _digest(file, algorithm):  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.new(algorithm)
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def cache_dir():
+    """Folder for downloads and converted data sets: $DIFFRATIO_CACHE, else ~/.cache/diffratio."""
+    return Path(os.environ.get("DIFFRATIO_CACHE") or Path.home() / ".cache" / "diffratio")
+
+
+def download(url, path, algorithm, expected):
+    """Fetch `url` to `path`, with progress, and keep it only if its hash begins with `expected`.
+
+    Raises `UserError` that says where to get the file and where to put it when there is no connection.
+    """
+    path = Path(path)
+    with atomic(path) as part:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
+                total, done = int(response.headers.get("Content-Length") or 0), 0
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    done += len(block)
+                    if sys.stderr.isatty():
+                        print(f"\rdownloading {path.name}: {done / 1e6:.0f} / {total / 1e6:.0f} MB", end="", file=sys.stderr)
+            if sys.stderr.isatty():
+                print(file=sys.stderr)
+        except OSError as error:  # URLError, HTTPError and time-outs are all OSError
+            raise UserError(f"cannot download {path.name} ({getattr(error, 'reason', error)}); get it from {url} and put it at {path}") from None
+        found = file_hash(part, algorithm)
+        if not found.startswith(expected):
+            raise UserError(f"{path.name} from {url} is damaged: {algorithm} {found[:32]}, expected {expected}; nothing was kept")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Logs.
+
+
+class Log:
+    """A JSON-lines log. `resume_at` drops what an interrupted run logged after its last checkpoint.
+
+    Every record holds `nimg`, the number of images seen.
+    """
+
+    def __init__(self, path, resume_at=0):
+        self.path = Path(path)
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if line and json.loads(line)["nimg"] <= resume_at]
+            with atomic(self.path) as part:
+                part.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, record):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class Progress:
+    """Status text with images/s and the time left. Counts only what this process did."""
+
+    def __init__(self, nimg, total_nimg):
+        self.start_nimg = self.last_nimg = nimg
+        self.total_nimg = total_nimg
+        self.last_time = time.monotonic()
+
+    def tick(self, nimg):
+        """(images per second since the last call, status text)."""
+        now = time.monotonic()
+        rate = (nimg - self.last_nimg) / max(now - self.last_time, 1e-9)
+        self.last_time, self.last_nimg = now, nimg
+        left = int((self.total_nimg - nimg) / max(rate, 1e-9))
+        left = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        return rate, f"{nimg / 1000:.1f}/{self.total_nimg / 1000:.0f} kimg  {rate:.0f} images/s  {left} left"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What the two training scripts have in common around their loops.
+
+# Flags that may change between one part of a run and its continuation: they do not decide what is computed.
+FREE_FLAGS = {"preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg", "save_kimg", "fid_every", "inception"}
+
+
+def parse_args(parser, presets):
+    """Parse the command line; `--preset NAME` sets the defaults that every other flag overrides.
+
+    `presets` is {name: {flag: default}}; the first is the default one. Adds the flags that all training has.
+    """
+    add = parser.add_argument
+    add("--preset", choices=list(presets), default=next(iter(presets)), help="settings that the other flags override")
+    add("--data", metavar="NAME|PATH", help="digits, fashion-mnist, cifar10, or a folder, zip, .npz or IDX folder")
+    add("--outdir", metavar="DIR", help="where everything is written; an unfinished run found there is continued")
+    add("--kimg", type=positive(float), metavar="N", help="length of the run, in thousands of images")
+    add("--batch", type=positive(int), metavar="N", help="images per step, over all ranks")
+    add("--micro-batch", type=positive(int), metavar="N", help="images at once on each rank (default: all of its share); "
+        "changes the memory, not the result")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N", help="seed of everything random")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is any")
+    add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
+        help="auto: on GPUs bf16, or fp16 where that is missing; on the CPU fp32")  # fmt: skip
+    add("--compile", action="store_true", help="compile the networks with torch.compile (slow start, faster steps)")
+    add("--log-kimg", type=positive(float), metavar="N", help="a log line every N thousand images")
+    add("--grid-kimg", type=positive(float), metavar="N", help="a sample grid every N thousand images")
+    add("--save-kimg", type=positive(float), metavar="N", help="a checkpoint every N thousand images")
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--preset", choices=list(presets), default=next(iter(presets)))
+    parser.set_defaults(**presets[finder.parse_known_args()[0].preset])
+    return parser.parse_args()
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows each default (of the preset on the command line) and leaves the description as it was written."""
+
+
+def positive(kind):
+    """An argparse type: a number of this kind above zero."""
+
+    def parse(text):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+class Draw:
+    """Random numbers of one training step, as a function of `key` alone.
+
+    All of the global batch's numbers are drawn on every rank and the rank's share is kept, so that the result does
+    not depend on how many ranks and micro-batches share the work.
+    """
+
+    def __init__(self, runtime, batch, *key):
+        self.batch, share = batch, batch // runtime.world_size
+        self.mine = slice(runtime.rank * share, (runtime.rank + 1) * share)
+        self.generator = generator(runtime.device, *key)
+
+    def normal(self, *shape):
+        """[images of this rank, *shape] standard normal."""
+        return torch.randn(self.batch, *shape, device=self.generator.device, generator=self.generator)[self.mine]
+
+    def coin(self):
+        """[images of this rank] bool, fair."""
+        return torch.rand(self.batch, device=self.generator.device, generator=self.generator)[self.mine] < 0.5
+
+
+class Run:
+    """The folder of a training run: its checkpoint, log and cadence.
+
+    `run.state` is what `save` was last given there, or None. The same command again continues the run; other
+    settings than those it was started with are refused.
+    """
+
+    def __init__(self, args, runtime, stage):
+        self.dir, self.runtime, self.kind = Path(args.outdir), runtime, f"training state of {stage}"
+        self.settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
+        self.total_nimg = -(-round(args.kimg * 1000) // args.batch) * args.batch  # whole batches
+        self.batch, self.state, self.nimg = args.batch, None, 0
+        if (self.dir / "checkpoint.pt").exists():
+            self.state = load_checkpoint(self.dir / "checkpoint.pt")
+            self._check(self.dir / "checkpoint.pt")
+            self.nimg = self.state["nimg"]
+            runtime.print(f"continuing {self.dir} at {self.nimg / 1000:g} kimg")
+        if runtime.is_main:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.log = Log(self.dir / "log.jsonl", self.nimg)
+        self.progress = Progress(self.nimg, self.total_nimg)
+
+    def _check(self, path):
+        if self.state["kind"] != self.kind:
+            raise UserError(f"{path} is a {self.state['kind']}, not a {self.kind}; choose another --outdir")
+        before = self.state["settings"]
+        for key in sorted(self.settings.keys() | before.keys()):
+            old, new = before.get(key), self.settings.get(key)
+            if old != new:
+                flag = "--" + key.replace("_", "-")
+                raise UserError(f"{path} was trained with {flag} {old}, not {new}; continue with {old} or choose another --outdir")
+
+    def due(self, kimg):
+        """Whether the step that has just reached `nimg` images crossed a multiple of `kimg`, or was the last."""
+        every = kimg * 1000
+        return self.nimg // every > (self.nimg - self.batch) // every or self.nimg >= self.total_nimg
+
+    def report(self, record, text):
+        """Write a log line and a status line. A value that is not finite ends the run, before anything is saved."""
+        rate, status = self.progress.tick(self.nimg)
+        bad = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+        if bad:
+            raise UserError(
+                f"{bad[0]} is {record[bad[0]]} at {self.nimg / 1000:g} kimg: training diverged; the last checkpoint in "
+                f"{self.dir} is untouched. Try a lower --lr or --precision bf16 or fp32"
+            )
+        if self.runtime.is_main:
+            self.log.write({"nimg": self.nimg, **record, "images_per_second": rate})
+        self.runtime.print(f"{status}  {text}")
+
+    def save(self, **state):
+        """Write the checkpoint from which the run continues."""
+        if self.runtime.is_main:
+            save_checkpoint({"kind": self.kind, "settings": self.settings, "nimg": self.nimg, **state},
+                            self.dir / "checkpoint.pt")  # fmt: skip

@@ -1,0 +1,623 @@
+"""data.py: every format round trips, the order of the data is a pure function, bad input is one clear line."""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from runtime import UserError
+
+
+@pytest.fixture
+def rgb():
+    return np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+
+
+@pytest.fixture
+def gray():
+    return np.random.default_rng(1).integers(0, 256, (6, 8, 8, 1), np.uint8)
+
+
+def png(image, format="PNG", mode=None):
+    """The bytes of an image file from uint8 [H, W, C]."""
+    image = Image.fromarray(image.squeeze(-1) if image.shape[2] == 1 else image)
+    file = io.BytesIO()
+    (image.convert(mode) if mode else image).save(file, format)
+    return file.getvalue()
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def make(path, files):
+    """A folder, or a zip if `path` ends in .zip, from {name: bytes or str}."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    else:
+        for name, content in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def images_and_labels(images, labels):
+    files = {f"{i // 4:05d}/img{i}.png": png(image) for i, image in enumerate(images)}
+    return {**files, "dataset.json": json.dumps({"labels": [[n, l] for n, l in zip(files, labels)]})}
+
+
+def error_of(spec, cache=None):
+    """The message with which `spec` is refused; it is one line."""
+    with pytest.raises(UserError) as caught:
+        data.load(spec, cache)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Formats.
+
+
+def test_digits_are_embedded():
+    digits = data.load("digits")
+    assert (len(digits), digits.resolution, digits.channels, digits.label_dim) == (1797, 8, 1, 10)
+    assert digits.images.max() == 255 and len(np.unique(digits.images)) == 17
+    assert np.bincount(digits.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+
+
+@pytest.mark.parametrize("kind", ["folder", "set.zip"])
+def test_images_with_labels_in_a_folder_or_a_zip(tmp_path, rgb, kind):
+    labels = [3, 1, 4, 1, 5, 9]
+    files = {**images_and_labels(rgb, labels), ".hidden.png": "not an image", "notes.txt": "ignored"}
+    dataset = data.load(make(tmp_path / kind, files))
+    assert np.array_equal(dataset.images, rgb)
+    assert dataset.labels.dtype == np.int64 and dataset.labels.tolist() == labels and dataset.label_dim == 10
+
+
+def test_labels_null_means_unlabelled(tmp_path, gray):
+    files = {"0.png": png(gray[0]), "dataset.json": '{"labels": null}'}
+    assert data.load(make(tmp_path / "set", files)).label_dim == 0
+
+
+def test_gray_stays_gray_and_one_colour_image_makes_all_rgb(tmp_path, gray, rgb):
+    files = {f"{i}.png": png(image) for i, image in enumerate(gray)}
+    assert np.array_equal(data.load(make(tmp_path / "gray", files)).images, gray)
+    dataset = data.load(make(tmp_path / "mixed", {**files, "9.png": png(rgb[0])}))
+    assert np.array_equal(dataset.images, np.concatenate([gray.repeat(3, axis=3), rgb[:1]]))
+    assert data.load(make(tmp_path / "colour first", {**files, "!.png": png(rgb[0])})).channels == 3
+
+
+@pytest.mark.parametrize("format, mode", [("PNG", "P"), ("PNG", "LA"), ("PNG", "RGBA"), ("JPEG", "CMYK"), ("BMP", "RGB"),
+                                          ("WEBP", "RGB"), ("PNG", "1"), ("PNG", "L")])
+def test_every_mode_becomes_gray_or_rgb(tmp_path, format, mode):
+    flat = np.full((8, 8, 3), 255, np.uint8)
+    suffix = {"JPEG": "JPEG"}.get(format, format.lower())  # upper case counts too
+    dataset = data.load(make(tmp_path / "set", {f"0.{suffix}": png(flat, format, mode)}))
+    assert dataset.channels == (1 if mode in ("1", "L") else 3) and (dataset.images == 255).all()
+
+
+@pytest.mark.parametrize("key, labels_key", [("arr_0", "arr_1"), ("images", "labels")])
+def test_npz(tmp_path, rgb, key, labels_key):
+    np.savez_compressed(tmp_path / "a.npz", **{key: rgb, labels_key: np.arange(6, dtype=np.int32)})
+    dataset = data.load(tmp_path / "a.npz")
+    assert np.array_equal(dataset.images, rgb) and dataset.labels.tolist() == list(range(6))
+
+
+def test_npz_of_gray_images_without_channel_axis(tmp_path, gray):
+    np.savez(tmp_path / "a.npz", gray[..., 0])
+    assert np.array_equal(data.load(tmp_path / "a.npz").images, gray)
+
+
+def idx(array):
+    magic = {3: 0x803, 1: 0x801}[array.ndim]
+    return b"".join(int(n).to_bytes(4, "big") for n in (magic, *array.shape)) + array.astype(np.uint8).tobytes()
+
+
+def idx_folder(images, labels):
+    return {"train-images-idx3-ubyte.gz": gzip.compress(idx(images)), "train-labels-idx1-ubyte": idx(np.array(labels)),
+            "t10k-images-idx3-ubyte": idx(images[:2]), "t10k-labels-idx1-ubyte.gz": gzip.compress(idx(np.array([7, 7])))}
+
+
+def test_idx_folder_has_a_training_and_a_test_set(tmp_path, gray):
+    folder = make(tmp_path / "mnist", idx_folder(gray[..., 0], range(6)))
+    train, test = data.load(folder), data.load(f"{folder}:test")
+    assert np.array_equal(train.images, gray) and train.labels.tolist() == list(range(6))
+    assert np.array_equal(test.images, gray[:2]) and test.labels.tolist() == [7, 7]
+
+
+def test_fashion_mnist():
+    if not data.FASHION_MNIST.is_dir():
+        pytest.skip("needs Debian's package dataset-fashion-mnist")
+    test = data.load("fashion-mnist:test")
+    assert (len(test), test.resolution, test.channels) == (10_000, 28, 1)
+    assert np.bincount(test.labels).tolist() == [1000] * 10
+
+
+def test_fashion_mnist_that_is_absent_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FASHION_MNIST", tmp_path / "nowhere")
+    assert "apt-get install dataset-fashion-mnist" in error_of("fashion-mnist", cache=tmp_path)
+
+
+def cifar10(path, n=4, **replace):
+    """A small cifar-10-python.tar.gz. `replace` gives the bytes of a member. Returns images [6n, 32, 32, 3], labels."""
+    rng, images, labels = np.random.default_rng(0), [], []
+    with tarfile.open(path, "w:gz") as tar:
+        for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+            images.append(rng.integers(0, 256, (n, 32, 32, 3), np.uint8))
+            labels.append(rng.integers(0, 10, n))
+            planes = images[-1].transpose(0, 3, 1, 2).reshape(n, 3072)
+            content = replace.get(name) or pickle.dumps({b"data": planes, b"labels": labels[-1].tolist()}, protocol=2)
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def test_cifar10(tmp_path):
+    images, labels = cifar10(tmp_path / "cifar-10-python.tar.gz")
+    train = data.load("cifar10", cache=tmp_path)  # found in the cache folder, so not downloaded
+    test = data.load(f"{tmp_path}/cifar-10-python.tar.gz:test")
+    assert np.array_equal(train.images, images[:20]) and np.array_equal(train.labels, labels[:20])
+    assert np.array_equal(test.images, images[20:]) and np.array_equal(test.labels, labels[20:])
+
+
+def test_cifar10_as_python_2_wrote_it(tmp_path):
+    """The official files spell everything as Python 2 did: str for bytes, numpy.core, a dtype given by a str."""
+    planes = np.arange(2 * 3072, dtype=np.uint8).tobytes()
+    text = (b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+            b"(K\x01K\x02M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xff"
+            b"K\x00tb\x89T" + len(planes).to_bytes(4, "little") + planes + b"tbU\x06labels](K\x03K\x08eu.")
+    cifar10(tmp_path / "a.tar.gz", test_batch=text)
+    test = data.load(f"{tmp_path}/a.tar.gz:test")
+    assert test.labels.tolist() == [3, 8]
+    assert test.images[0, 0, :2].tolist() == [[0, 0, 0], [1, 1, 1]]  # plane r, g, b start at 0, 1024, 2048: 0 mod 256
+
+
+class Attack:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_a_pickle_that_runs_code_is_refused_by_name_and_not_run(tmp_path):
+    attack = pickle.dumps({b"data": Attack(f"touch {tmp_path}/executed"), b"labels": []}, protocol=2)
+    cifar10(tmp_path / "evil.tar.gz", data_batch_2=attack)
+    message = error_of(tmp_path / "evil.tar.gz")
+    assert "data_batch_2" in message and "system" in message
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(attack)  # the attack is real
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("key", ["arr_0", "arr_1"])
+def test_an_npz_that_runs_code_is_refused_and_not_run(tmp_path, rgb, key):
+    attack = np.array([Attack(f"touch {tmp_path}/executed")])  # numpy pickles arrays of objects
+    np.savez(tmp_path / "evil.npz", **{"arr_0": rgb[:1], "arr_1": np.zeros(1, int), key: attack})
+    assert "evil.npz" in error_of(tmp_path / "evil.npz")
+    assert not (tmp_path / "executed").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What networks see.
+
+
+def test_bytes_to_network_and_back():
+    """x/127.5 - 1 takes 0..255 to [-1, 1]; to_uint8 inverts it for every byte, rounds and clips."""
+    raw = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    dataset = data.Dataset("all bytes", raw)
+    x = dataset.to_model(dataset.batch([0])[0], "cpu")
+    assert x.shape == (1, 1, 16, 16) and x.dtype == torch.float32 and (x.min(), x.max()) == (-1, 1)
+    assert np.array_equal(data.to_uint8(x), raw)
+    assert data.to_uint8(torch.tensor([-9.0, 9.0, 0.001]).view(3, 1, 1, 1)).ravel().tolist() == [0, 255, 128]
+
+
+def test_flip_mirrors_the_chosen_images_left_to_right(rgb):
+    dataset = data.Dataset("rgb", rgb)
+    raw, _ = dataset.batch([4, 4])
+    x = dataset.to_model(raw, "cpu", flip=torch.tensor([False, True]))
+    assert np.array_equal(data.to_uint8(x), [rgb[4], rgb[4][:, ::-1]])
+
+
+@pytest.fixture
+def latents(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = [np.concatenate([rng.normal(size=(4, 8, 8)), rng.uniform(0.1, 1, (4, 8, 8))]).astype(np.float32) for _ in "abc"]
+    files = {f"00000/img-mean-std-{i}.npy": npy(a) for i, a in enumerate(arrays)}
+    files["dataset.json"] = json.dumps({"labels": [[n, i] for i, n in enumerate(files)]})
+    return np.stack(arrays), make(tmp_path / "latents.zip", files)
+
+
+def test_latents_are_mean_plus_std_times_noise_then_normalised(latents):
+    arrays, path = latents
+    dataset = data.load(path)
+    assert dataset.is_latent and (dataset.resolution, dataset.channels, dataset.label_dim) == (8, 4, 3)
+    assert np.array_equal(dataset.images, arrays)
+    raw, labels = dataset.batch([2, 0])
+    assert labels.tolist() == [2, 0]
+    eps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = dataset.to_model(raw, "cpu", eps=eps)
+    channel = arrays[2, 1] + arrays[2, 5] * eps[0, 1].numpy()
+    assert torch.allclose(x[0, 1], torch.from_numpy((channel - 3.25) / 4.62 * 0.5), atol=1e-6)
+    assert torch.allclose(data.denormalise_latents(dataset.to_model(raw, "cpu")), raw[:, :4], atol=1e-5)
+    with pytest.raises(UserError, match="flip"):
+        dataset.to_model(raw, "cpu", flip=torch.tensor([True, False]))
+
+
+def test_batch_takes_any_order_with_repeats(rgb):
+    raw, labels = data.Dataset("rgb", rgb, np.arange(6)).batch([5, 0, 5])
+    assert np.array_equal(raw, rgb[[5, 0, 5]]) and labels.tolist() == [5, 0, 5]
+    assert data.Dataset("rgb", rgb).batch(torch.tensor([1]))[1] is None
+
+
+def test_fingerprint_depends_on_shape_and_content_only(rgb, gray):
+    fingerprint = data.Dataset("a", rgb).fingerprint()
+    changed = rgb.copy()
+    changed[5, 7, 7, 2] ^= 1
+    assert fingerprint == data.Dataset("b", rgb.copy(), np.arange(6)).fingerprint()
+    assert fingerprint != data.Dataset("a", changed).fingerprint()
+    assert data.Dataset("a", gray[:4]).fingerprint() != data.Dataset("a", gray[:4].reshape(1, 16, 16, 1)).fingerprint()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The cache of large data sets.
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 100)
+
+
+@pytest.mark.parametrize("kind", ["folder", "set.zip", "set.npz"])
+def test_a_large_set_is_converted_once_and_memory_mapped(tmp_path, rgb, kind, small_memory, monkeypatch):
+    path = tmp_path / kind
+    if kind.endswith("npz"):
+        np.savez_compressed(path, arr_0=rgb, arr_1=np.arange(6))
+    else:
+        make(path, images_and_labels(rgb, range(6)))
+    for _ in range(2):
+        dataset = data.load(path, cache=tmp_path / "cache")
+        assert isinstance(dataset.images, np.memmap) and np.array_equal(dataset.images, rgb)
+        assert dataset.labels.tolist() == list(range(6))
+        raw, _ = dataset.batch([3, 1, 3])
+        assert np.array_equal(raw, rgb[[3, 1, 3]])
+        monkeypatch.setattr(data, "_new_cache", None)  # the second time nothing is converted
+
+
+def test_large_gray_sets_and_late_colour_survive_the_cache(tmp_path, gray, rgb, small_memory):
+    np.savez(tmp_path / "a.npz", gray[..., 0])
+    assert np.array_equal(data.load(tmp_path / "a.npz", tmp_path / "cache").images, gray)
+    files = {**{f"{i}.png": png(image) for i, image in enumerate(gray)}, "9.png": png(rgb[0])}
+    dataset = data.load(make(tmp_path / "mixed", files), tmp_path / "cache")
+    assert np.array_equal(dataset.images, np.concatenate([gray.repeat(3, axis=3), rgb[:1]]))
+
+
+def test_a_changed_file_is_converted_again(tmp_path, rgb, small_memory):
+    folder = make(tmp_path / "set", {f"{i}.png": png(image) for i, image in enumerate(rgb)})
+    data.load(folder, tmp_path / "cache")
+    (folder / "0.png").write_bytes(png(rgb[1]))
+    os.utime(folder / "0.png", (1, 1))
+    assert np.array_equal(data.load(folder, tmp_path / "cache").images[0], rgb[1])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, rgb, small_memory, monkeypatch, error):
+    folder = make(tmp_path / "set", {f"{i}.png": png(image) for i, image in enumerate(rgb)})
+    decode, count = data._decode_all, 0
+
+    def stop_halfway(*args):
+        for i, array in enumerate(decode(*args)):
+            if i == 3:
+                raise error
+            yield array
+
+    monkeypatch.setattr(data, "_decode_all", stop_halfway)
+    with pytest.raises(error):
+        data.load(folder, tmp_path / "cache")
+    assert list((tmp_path / "cache" / "datasets").iterdir()) == []
+    monkeypatch.setattr(data, "_decode_all", decode)
+    assert np.array_equal(data.load(folder, tmp_path / "cache").images, rgb)
+
+
+def test_two_processes_may_convert_at_the_same_time(tmp_path, rgb, small_memory, monkeypatch):
+    folder = make(tmp_path / "set", {f"{i}.png": png(image) for i, image in enumerate(rgb)})
+    decode = data._decode_all
+
+    def overtaken(*args):
+        monkeypatch.setattr(data, "_decode_all", decode)
+        with monkeypatch.context() as other_process:
+            other_process.setattr(os, "getpid", lambda: 0)
+            data.load(folder, tmp_path / "cache")  # it finishes first
+        yield from decode(*args)
+
+    monkeypatch.setattr(data, "_decode_all", overtaken)
+    assert np.array_equal(data.load(folder, tmp_path / "cache").images, rgb)
+
+
+def test_a_damaged_cache_is_named(tmp_path, rgb, small_memory):
+    folder = make(tmp_path / "set", {f"{i}.png": png(image) for i, image in enumerate(rgb)})
+    data.load(folder, tmp_path / "cache")
+    cached, = (tmp_path / "cache" / "datasets").iterdir()
+    (cached / "images.npy").write_bytes((cached / "images.npy").read_bytes()[:300])
+    message = error_of(folder, tmp_path / "cache")
+    assert str(cached) in message and "delete" in message
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The order of the data.
+
+
+def numbered(n):
+    """A data set whose labels are the positions in it."""
+    return data.Dataset("numbered", np.zeros((n, 2, 2, 1), np.uint8), np.arange(n))
+
+
+def take(count, *args, **kwargs):
+    """The labels of the first `count` batches."""
+    batches = data.Batches(*args, **kwargs)
+    return [next(batches)[1].tolist() for _ in range(count)]
+
+
+def test_every_image_comes_once_per_epoch_in_a_new_order():
+    seen = sum(take(15, numbered(10), batch=4, seed=0), [])  # 6 epochs; batches straddle their boundaries
+    epochs = [seen[i:i + 10] for i in range(0, 60, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert seen != sum(take(15, numbered(10), batch=4, seed=1), [])
+
+
+@pytest.mark.parametrize("size, batch", [(10, 4), (3, 8)])  # the second: a batch larger than the data set
+def test_the_ranks_shares_together_are_the_batch_of_one_rank(size, batch):
+    alone = take(5, numbered(size), batch, seed=0)
+    ranks = [take(5, numbered(size), batch, seed=0, rank=rank, world_size=2) for rank in range(2)]
+    assert [first + second for first, second in zip(*ranks)] == alone
+
+
+def test_a_run_continues_where_it_stopped():
+    assert take(3, numbered(10), 4, seed=0, start=28) == take(10, numbered(10), 4, seed=0)[7:]
+
+
+def test_the_order_does_not_depend_on_the_batch_size():
+    assert sum(take(4, numbered(10), 6, seed=0), []) == sum(take(8, numbered(10), 3, seed=0), [])
+
+
+def test_batches_carry_the_raw_images(rgb):
+    raw, labels = next(data.Batches(data.Dataset("rgb", rgb, np.arange(6)), 6, seed=0))
+    assert raw.dtype == torch.uint8 and np.array_equal(raw, rgb[labels])
+
+
+def test_a_batch_must_divide_among_the_ranks():
+    with pytest.raises(UserError, match="divide"):
+        data.Batches(numbered(10), 5, seed=0, world_size=2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Writing.
+
+
+def test_save_grid_enlarges_by_whole_pixels_and_fills_row_by_row(tmp_path, gray):
+    data.save_grid(gray[:5], tmp_path / "new" / "grid.png", columns=3, scale=2, padding=1)
+    grid = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
+    assert grid.shape == (2 * 17 + 1, 3 * 17 + 1)
+    assert np.array_equal(grid[18:34:2, 1:17:2], gray[3, ..., 0])  # the fourth image begins the second row
+    assert np.array_equal(grid[19:34:2, 2:17:2], gray[3, ..., 0])
+    assert (grid[17] == 255).all() and (grid[18:, 35:] == 255).all()
+    assert os.listdir(tmp_path / "new") == ["grid.png"]
+
+
+@pytest.mark.parametrize("out", ["samples.npz", "samples"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_what_is_written_can_be_loaded(tmp_path, rgb, out, labelled):
+    images, labels = np.concatenate([rgb, 255 - rgb]), torch.arange(12)  # more than ten: names must sort as numbers do
+    batches = ((images[i:j], labels[i:j] if labelled else None) for i, j in ((0, 7), (7, 12)))
+    data.write_images(batches, tmp_path / out, count=12)
+    dataset = data.load(tmp_path / out)
+    assert np.array_equal(dataset.images, images)
+    assert dataset.labels.tolist() == list(range(12)) if labelled else dataset.labels is None
+    assert os.listdir(tmp_path) == [out]
+
+
+def test_npz_is_what_numpy_reads(tmp_path, gray):
+    data.write_images([(gray, np.arange(6))], tmp_path / "a.npz", count=6)
+    latents = np.ones((2, 4, 8, 8), np.float32)
+    data.write_images([(latents, None)], tmp_path / "b.npz", count=2)
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
+        assert np.array_equal(a["arr_0"], gray) and a["arr_1"].tolist() == list(range(6))
+        assert np.array_equal(b["latents"], latents) and b.files == ["latents"]
+    with pytest.raises(UserError, match="npz"):
+        data.write_images([(latents, None)], tmp_path / "folder", count=2)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_folder_with_something_in_it_is_not_touched(tmp_path):
+    (tmp_path / "mine.png").write_bytes(b"precious")
+
+    def batches():
+        raise AssertionError("asked for images before the refusal")
+        yield
+
+    with pytest.raises(UserError, match="exists already"):
+        data.write_images(batches(), tmp_path, count=1)
+    assert (tmp_path / "mine.png").read_bytes() == b"precious"
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, gray):
+    data.write_images([(gray, None)], tmp_path / "a.npz", count=6)
+
+    def batches():
+        yield gray, None
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.write_images(batches(), tmp_path / "a.npz", count=12)
+    assert len(data.load(tmp_path / "a.npz")) == 6 and os.listdir(tmp_path) == ["a.npz"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Bad input.
+
+
+def test_missing_or_unknown_paths(tmp_path):
+    message = error_of(tmp_path / "nowhere")
+    assert "nowhere" in message and "digits" in message
+    (tmp_path / "notes.txt").write_text("hello")
+    assert "notes.txt" in error_of(tmp_path / "notes.txt")
+    assert "test set" in error_of("digits:test")
+
+
+@pytest.mark.parametrize("kind", ["folder", "set.zip"])
+@pytest.mark.parametrize("files, expected", [
+    ({"notes.txt": "no image"}, ["no images"]),
+    ({"a.png": png(np.zeros((8, 8, 3), np.uint8)), "b.png": png(np.zeros((9, 7, 3), np.uint8))},
+     ["b.png", "7x9", "a.png", "8x8"]),
+    ({"a.png": png(np.zeros((8, 6, 3), np.uint8))}, ["a.png", "6x8", "square"]),
+    ({"a.png": "this is text"}, ["a.png", "not a PNG"]),
+    ({"a.png": ""}, ["a.png", "not a PNG"]),
+    ({"a.png": png(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))[:5000]}, ["a.png", "truncated"]),
+    ({"a.png": png(np.zeros((8, 8, 1), np.uint8), mode="I;16")}, ["a.png", "8 bits"]),
+    ({"a.png": png(np.zeros((8, 8, 1), np.uint8)), "b.npy": npy(np.zeros((8, 8, 8), np.float32))}, ["a.png", "b.npy"]),
+    ({"a.npy": npy(np.zeros((4, 8, 8), np.float32))}, ["a.npy", "[8, h, w]"]),
+    ({"a.npy": npy(np.zeros((8, 8, 8), np.float32)), "b.npy": npy(np.zeros((8, 4, 4), np.float32))},
+     ["b.npy", "4x4", "8x8"]),
+    ({"a.npy": npy(np.zeros((8, 8, 8), np.float32))[:200]}, ["a.npy"]),
+    ({"a.npy": pickle.dumps([1])}, ["a.npy"]),
+])
+def test_bad_files_are_named(tmp_path, kind, files, expected):
+    (tmp_path / "folder").mkdir()
+    message = error_of(make(tmp_path / kind, files))
+    assert all(words in message for words in [kind, *expected]), message
+
+
+def test_an_empty_folder(tmp_path):
+    assert "no images" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ('{"labels": [["a.png", 1]]}', "no label for b.png"),
+    ('{"labels": [["a.png", 1], ["b.png", -1]]}', "b.png is -1"),
+    ('{"labels": [["a.png", 1], ["b.png", 1.5]]}', "b.png is 1.5"),
+    ('{"labels": [["a.png", 1], ["b.png", 0], ["c.png", 0]]}', "there is no c.png"),
+    ('{"labels": [1, 2]}', "not of the form"),
+    ('{"classes": []}', "not of the form"),
+    ('{"labels": [["a.p', "not of the form"),
+])
+def test_labels_that_do_not_match(tmp_path, gray, text, expected):
+    message = error_of(make(tmp_path / "set", {"a.png": png(gray[0]), "b.png": png(gray[1]), "dataset.json": text}))
+    assert "dataset.json" in message and expected in message
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, rgb, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    message = error_of(make(tmp_path / "set", {"bomb.png": png(rgb[0])}))
+    assert "bomb.png" in message and "refused" in message
+
+
+def test_zip_files_that_are_none_and_members_that_point_outside(tmp_path, rgb):
+    (tmp_path / "text.zip").write_text("this is text")
+    assert "text.zip" in error_of(tmp_path / "text.zip")
+    whole = make(tmp_path / "whole.zip", {"a.png": png(rgb[0])}).read_bytes()
+    (tmp_path / "damaged.zip").write_bytes(whole.replace(b"IDAT", b"IDOT"))  # the check sum is now wrong
+    assert "damaged.zip/a.png" in error_of(tmp_path / "damaged.zip")
+    make(tmp_path / "tricks.zip", {"x/../../a.png": png(rgb[0]), "/abs.png": png(rgb[1])})
+    with pytest.raises(UserError, match="no images"):  # names with leading dots are hidden; nothing is ever extracted
+        data.load(make(tmp_path / "up.zip", {"../up.png": png(rgb[0])}))
+    assert len(data.load(tmp_path / "tricks.zip")) == 1
+    assert not (tmp_path.parent / "up.png").exists()
+
+
+@pytest.mark.parametrize("arrays, expected", [
+    ({"mu": np.zeros(4), "sigma": np.zeros((4, 4))}, "statistics"),
+    ({"something": np.zeros(4)}, "something"),
+    ({"latents": np.zeros((2, 4, 8, 8), np.float32)}, "latents"),
+    ({"arr_0": np.zeros((2, 8, 8, 3), np.float32)}, "float32"),
+    ({"arr_0": np.zeros((2, 8, 8, 4), np.uint8)}, "[2, 8, 8, 4]"),
+    ({"arr_0": np.zeros((8, 8), np.uint8)}, "[8, 8]"),
+    ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "no images"),
+    ({"arr_0": np.zeros((2, 8, 9, 3), np.uint8)}, "square"),
+    ({"arr_0": np.array([{}, {}])}, "object"),
+    ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "arr_1": np.zeros(3, int)}, "labels [3] do not match 2 images"),
+    ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "arr_1": np.array([0, -1])}, "integers from 0"),
+    ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "arr_1": np.array([0, 0.5])}, "integers from 0"),
+    ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "arr_1": np.array([{}, {}])}, "a.npz"),
+])
+def test_npz_with_something_else_in_it(tmp_path, arrays, expected):
+    np.savez(tmp_path / "a.npz", **arrays)
+    message = error_of(tmp_path / "a.npz")
+    assert "a.npz" in message and expected in message
+
+
+@pytest.mark.parametrize("limit", [100, 2**28])  # memory-mapped or read at once
+def test_npz_that_is_text_or_truncated(tmp_path, rgb, monkeypatch, limit):
+    monkeypatch.setattr(data, "MEMORY_LIMIT", limit)
+    (tmp_path / "text.npz").write_text("this is text")
+    assert "text.npz" in error_of(tmp_path / "text.npz")
+    np.savez_compressed(tmp_path / "whole.npz", rgb.repeat(8, axis=1).repeat(8, axis=2).repeat(8, axis=0))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "half.npz").write_bytes(whole[:len(whole) // 2])
+    assert "half.npz" in error_of(tmp_path / "half.npz")
+    middle = len(whole) // 2
+    (tmp_path / "damaged.npz").write_bytes(whole[:middle] + b"damaged" + whole[middle + 7:])
+    assert "damaged.npz" in error_of(tmp_path / "damaged.npz", tmp_path / "cache")
+    assert limit > 100 or list((tmp_path / "cache" / "datasets").iterdir()) == []
+
+
+@pytest.mark.parametrize("name, change, expected", [
+    ("train-images-idx3-ubyte.gz", lambda raw: raw[:-20], "gzip"),
+    ("train-images-idx3-ubyte.gz", lambda raw: b"this is no gzip file", "gzip"),
+    ("train-images-idx3-ubyte.gz", lambda raw: gzip.compress(gzip.decompress(raw)[:-1]), "truncated"),
+    ("train-images-idx3-ubyte.gz", lambda raw: gzip.compress(b"\0" * 400), "magic"),
+    ("train-images-idx3-ubyte.gz", lambda raw: gzip.compress(b"\0\0\x08\x03" + b"\xff" * 12), "truncated"),
+    ("train-labels-idx1-ubyte", lambda raw: raw[:-1], "truncated"),
+    ("train-labels-idx1-ubyte", lambda raw: raw + b"\0", "damaged"),
+    ("train-labels-idx1-ubyte", lambda raw: b"", "magic"),
+    ("train-labels-idx1-ubyte", lambda raw: idx(np.arange(5)), "labels [5] do not match 6 images"),
+])
+def test_damaged_idx_files(tmp_path, gray, name, change, expected):
+    files = idx_folder(gray[..., 0], range(6))
+    message = error_of(make(tmp_path / "mnist", {**files, name: change(files[name])}))
+    assert expected in message and ("match" in expected or name in message)
+
+
+def test_idx_images_without_labels(tmp_path, gray):
+    files = idx_folder(gray[..., 0], range(6))
+    del files["train-labels-idx1-ubyte"]
+    assert "train-labels-idx1-ubyte" in error_of(make(tmp_path / "mnist", files))
+
+
+@pytest.mark.parametrize("content, expected", [
+    (pickle.dumps([1, 2, 3]), "not a CIFAR-10 batch"),
+    (pickle.dumps({b"data": np.zeros((4, 100), np.uint8), b"labels": [0] * 4}), "3072"),
+    (pickle.dumps({b"data": np.zeros((4, 3072), np.uint8), b"labels": [0] * 3}), "labels"),
+    (pickle.dumps({b"data": np.zeros((4, 3072), np.uint8), b"labels": [0, 1, 2, -3]}), "labels"),
+    (b"this is text", "pickle"),
+])
+def test_damaged_cifar10_batches(tmp_path, content, expected):
+    cifar10(tmp_path / "a.tar.gz", data_batch_3=content)
+    message = error_of(tmp_path / "a.tar.gz")
+    assert "data_batch_3" in message and expected in message
+
+
+def test_cifar10_archives_that_are_none(tmp_path):
+    cifar10(tmp_path / "whole.tar.gz")
+    whole = (tmp_path / "whole.tar.gz").read_bytes()
+    (tmp_path / "half.tar.gz").write_bytes(whole[:len(whole) // 2])
+    assert "half.tar.gz" in error_of(tmp_path / "half.tar.gz")
+    (tmp_path / "text.tar.gz").write_text("this is text")
+    assert "text.tar.gz" in error_of(tmp_path / "text.tar.gz")
+    with tarfile.open(tmp_path / "empty.tar.gz", "w:gz"):
+        pass
+    assert "data_batch_1" in error_of(tmp_path / "empty.tar.gz")

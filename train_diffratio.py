@@ -1,0 +1,265 @@
+"""Stage 2: turn the stage-1 denoiser into a one-step generator by following a learned log density ratio.
+
+DiffRatio: Training One-Step Diffusion Models Without Teacher Supervision, arXiv 2502.08005. The generator is
+G(z) = D(t_init z; t_init), a copy of the stage-1 network at one noise level. A ratio network is trained to tell noised
+data from noised samples, at every noise level; its logit h estimates log p_sigma / q_sigma. The generator follows the
+gradient of a divergence that is a function of h. There is no teacher and no score network of the student.
+
+Reads a data set (data.py) and the network of stage 1 (`--init`: a network.pt of pretrain.py or a published EDM or EDM2
+pickle). Writes into --outdir: `network.pt` (the EMA generator, for sampling), `ratio.pt` (the ratio network),
+`checkpoint.pt` (all that a continuation needs), `log.jsonl` and sample grids. The same command again continues the run.
+
+    python train_diffratio.py                                  the embedded digits, after python pretrain.py
+    torchrun train_diffratio.py --divergence dijs
+    torchrun --nproc-per-node 8 train_diffratio.py --preset cifar10 --init edm-cifar10-32x32-uncond-vp.pkl
+"""
+
+import argparse
+import copy
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import data
+import networks
+import pretrain
+import runtime
+import sample
+from runtime import HelpFormatter, UserError, positive
+
+# ---------------------------------------------------------------------------------------------------------
+# Settings. The defaults of each preset; every flag overrides.
+
+COMMON = dict(
+    divergence="dijs", t_init=2.5, ratio_init="pretrained", ratio_steps=1, p_mean=-1.2, p_std=1.2, beta2=0.999,
+    lr_rampup_kimg=0.0, lr_decay_kimg=0.0, xflip=False, network=None,
+)  # fmt: skip
+PRESETS = {
+    "digits": dict(
+        COMMON, data="digits", init="runs/digits/pretrain/network.pt", outdir="runs/digits/dijs", kimg=120.0, batch=128,
+        lr=1e-4, ratio_lr=1e-3, ema_halflife_kimg=10.0, log_kimg=4.0, grid_kimg=40.0, save_kimg=40.0,
+    ),
+}  # fmt: skip
+
+# D_f(q || p) = E_p[f(q/p)]. Its gradient for a sample x of q is f'(u) at u = q/p = exp(-h), since the score of q itself
+# integrates to zero: the table gives f'(exp(-h)) up to a constant. One line is one method.
+DIVERGENCES = {
+    "dijs": lambda h: -0.5 * F.softplus(h),  # Jensen-Shannon, f(u) = 1/2 [u ln u - (u + 1) ln((u + 1) / 2)]
+    "dikl": lambda h: -h,  # reverse Kullback-Leibler, f(u) = u ln u
+    "dirm": lambda h: F.softplus(-h),  # realism maximisation, max ln sigmoid(h): no f-divergence
+    "fkl": lambda h: -torch.exp(h),  # forward Kullback-Leibler, f(u) = -ln u
+}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--divergence", choices=list(DIVERGENCES), help="what the generator minimises")
+    add("--init", metavar="PATH|random", help="network of stage 1, or random weights (which collapse)")
+    add("--network", choices=list(networks.NETWORKS), help="architecture and size for --init random")
+    add("--t-init", type=positive(float), metavar="X", help="fixed noise level of the generator, standard deviation")
+    add("--ratio-init", choices=["pretrained", "random"], help="start of the ratio network's encoder")
+    add("--ratio-steps", type=positive(int), metavar="N", help="steps of the ratio network per step of the generator")
+    add("--lr", type=positive(float), metavar="X", help="learning rate of the generator (Adam)")
+    add("--ratio-lr", type=positive(float), metavar="X", help="learning rate of the ratio network (Adam)")
+    add("--lr-rampup-kimg", type=float, metavar="N", help="thousands of images over which both rise linearly from 0")
+    add("--lr-decay-kimg", type=float, metavar="N", help="images over which both fall as a half cosine to 0; 0: constant")
+    add("--beta2", type=float, metavar="X", help="Adam's beta2; beta1 is 0, larger values collapse")
+    add("--ema-halflife-kimg", type=positive(float), metavar="N", help="half-life of the averaged generator, thousands of images")
+    add("--p-mean", type=float, metavar="X", help="mean of ln sigma, the noise level at which densities are compared")
+    add("--p-std", type=positive(float), metavar="X", help="standard deviation of ln sigma")
+    add("--xflip", action=argparse.BooleanOptionalAction, help="flip half of the images horizontally")
+    add("--adam-eps", type=float, default=1e-8)
+    return runtime.parse_args(parser, PRESETS)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The method.
+
+
+def ratio_loss(ratio, real, fake, sigma, eps_real, eps_fake, labels=None):
+    """Binary cross-entropy of the ratio network on noised data (label 1) and noised samples (label 0), per image.
+
+    real, fake, eps_* [N, C, H, W]; sigma [N], the same for both. Returns loss [N] and the logits [N] of real and fake.
+    """
+    s = sigma[:, None, None, None]
+    both = torch.cat([real + s * eps_real, fake + s * eps_fake])
+    h_real, h_fake = ratio(both, sigma.repeat(2), None if labels is None else labels.repeat(2)).chunk(2)
+    return F.softplus(-h_real) + F.softplus(h_fake), h_real, h_fake
+
+
+def generator_loss(ratio, fake, sigma, eps, divergence, labels=None):
+    """The divergence's pathwise loss at noise level sigma, per image [N]: gradients flow through x = fake + sigma eps."""
+    return DIVERGENCES[divergence](ratio(fake + sigma[:, None, None, None] * eps, sigma, labels))
+
+
+def learning_rate_factor(args, nimg):
+    """Linear ramp-up, then a half cosine to zero over --lr-decay-kimg, if that is given."""
+    factor = min(nimg / (args.lr_rampup_kimg * 1000), 1) if args.lr_rampup_kimg else 1.0
+    if args.lr_decay_kimg:
+        factor *= 0.5 * (1 + math.cos(math.pi * min(nimg / (args.lr_decay_kimg * 1000), 1)))
+    return factor
+
+
+BANDS = (0.1, 0.3, 1.0, 3.0)  # edges of the noise-level bands in the log
+
+
+def band_statistics(records, rt):
+    """Per noise-level band, over all that was recorded: the ratio network's accuracy, loss, mean and spread of the logit.
+
+    records: list of (sigma [N], h_real [N], h_fake [N]). The sums are taken on the device and over the ranks.
+    """
+    sigma, h_real, h_fake = (torch.cat(t).double() for t in zip(*records))
+    band = torch.bucketize(sigma.float(), torch.tensor(BANDS, device=sigma.device))
+    h = torch.stack([h_real, h_fake])
+    right = torch.stack([h_real > 0, h_fake < 0]) + 0.5 * (h == 0)
+    loss = torch.stack([F.softplus(-h_real), F.softplus(h_fake)])
+    values = torch.stack([torch.ones_like(h), right, loss, h, h * h]).sum(dim=1)  # [5, N]
+    sums = rt.sum(torch.zeros(5, len(BANDS) + 1, dtype=torch.float64, device=sigma.device).index_add_(1, band, values)).cpu()
+    names = [f"<{BANDS[0]}", *(f"{a}-{b}" for a, b in zip(BANDS, BANDS[1:])), f">{BANDS[-1]}"]
+    out = {}
+    for name, (n, right, loss, total, square) in zip(names, sums.T.tolist()):
+        if n:
+            spread = max(square / n - (total / n) ** 2, 0) ** 0.5
+            out[name] = dict(accuracy=right / n, loss=loss / n, logit_mean=total / n, logit_std=spread)
+    return out, (sums[1].sum() / sums[0].sum()).item(), (sums[2].sum() / sums[0].sum()).item()
+
+
+def main():
+    args = arguments()
+    rt = runtime.start(args.device, args.precision)
+    micro_batches, micro_batch = runtime.split_batch(args.batch, args.micro_batch, rt.world_size)
+
+    # Data, generator, ratio network. Dropout is off: the generator is a function of z, and the loss its gradient.
+    dataset = rt.main_first(lambda: data.load(args.data))
+    torch.manual_seed(args.seed)
+    init = load_init(args, dataset)
+    config = dataclasses.replace(init.config, dropout=0.0)
+    generator, ratio = networks.Denoiser(config), networks.RatioNetwork(config)
+    generator.load_state_dict(init.state_dict())
+    if args.ratio_init == "pretrained":
+        ratio.load_encoder(init)
+    for net in (generator, ratio):
+        net.to(rt.device, memory_format=torch.channels_last).train()
+        networks.normalize_weights(net)
+    ema = copy.deepcopy(generator).eval().requires_grad_(False)
+    ema.about = {"role": "generator", "t_init": args.t_init}
+    # beta1 = 0: the gradient field moves with the ratio network, and momentum along an old field makes both collapse.
+    betas = (0.0, args.beta2)
+    generator_opt = torch.optim.Adam(generator.parameters(), lr=args.lr, betas=betas, fused=True, eps=args.adam_eps)
+    ratio_opt = torch.optim.Adam(ratio.parameters(), lr=args.ratio_lr, betas=betas, fused=True, eps=args.adam_eps)
+    generator_scaler, ratio_scaler = rt.grad_scaler(), rt.grad_scaler()
+
+    parts = dict(generator=generator, ratio=ratio, ema=ema, generator_opt=generator_opt, ratio_opt=ratio_opt,
+                 generator_scaler=generator_scaler, ratio_scaler=ratio_scaler)  # fmt: skip
+    run = runtime.Run(args, rt, "stage 2")
+    if run.state:
+        for name, part in parts.items():
+            part.load_state_dict(run.state[name])
+    if args.compile:
+        generator.compile()
+        ratio.compile()
+    rt.print(
+        f"stage 2: {args.divergence}, generator {networks.parameter_count(generator) / 1e6:.2f} M and ratio "
+        f"{networks.parameter_count(ratio) / 1e6:.2f} M parameters, {dataset.name} ({len(dataset)} images), "
+        f"{rt.world_size} x {rt.device.type}, {rt.precision}, batch {args.batch} = {rt.world_size} x {micro_batches} x {micro_batch}"
+    )
+    shape = (config.img_channels, config.img_resolution, config.img_resolution)
+    parts_of_batch = [slice(i * micro_batch, (i + 1) * micro_batch) for i in range(micro_batches)]
+    # One forward of the generator serves both steps if the batch is in one piece: its graph then waits in memory.
+    shared = micro_batches == 1
+    records, losses = [], []
+    batches = data.Batches(dataset, args.batch, args.seed, run.nimg * args.ratio_steps, rt.rank, rt.world_size)
+
+    while run.nimg < run.total_nimg:
+        factor = learning_rate_factor(args, run.nimg)
+        generator_opt.param_groups[0]["lr"], ratio_opt.param_groups[0]["lr"] = args.lr * factor, args.ratio_lr * factor
+
+        # Ratio steps: noised data against noised samples. The samples carry the classes of the data.
+        ratio.requires_grad_(True)
+        for step in range(args.ratio_steps):
+            raw, labels = next(batches)
+            draw = runtime.Draw(rt, args.batch, args.seed, run.nimg, step, "stage 2")
+            flip = draw.coin() if args.xflip else None
+            real = dataset.to_model(raw, rt.device, flip, draw.normal(*shape) if dataset.is_latent else None)
+            labels = labels.to(rt.device) if config.label_dim else None
+            z, sigma = draw.normal(*shape), (draw.normal() * args.p_std + args.p_mean).exp()
+            eps_real, eps_fake = draw.normal(*shape), draw.normal(*shape)
+            keep_graph = shared and step == args.ratio_steps - 1
+            for i in parts_of_batch:
+                y = None if labels is None else labels[i]
+                with rt.autocast():
+                    with torch.set_grad_enabled(keep_graph):
+                        fake = sample.one_step(generator, z[i], y, args.t_init)
+                    loss, h_real, h_fake = ratio_loss(ratio, real[i], fake.detach(), sigma[i], eps_real[i], eps_fake[i], y)
+                ratio_scaler.scale(loss.sum() / args.batch).backward()
+                records.append((sigma[i], h_real.detach(), h_fake.detach()))
+            runtime.optimizer_step(ratio_opt, ratio_scaler, rt)
+            networks.normalize_weights(ratio)
+
+        # Generator step: the samples z gave, re-noised at new levels, judged by the frozen ratio network.
+        ratio.requires_grad_(False)
+        sigma, eps = (draw.normal() * args.p_std + args.p_mean).exp(), draw.normal(*shape)
+        for i in parts_of_batch:
+            y = None if labels is None else labels[i]
+            with rt.autocast():
+                if not shared:
+                    fake = sample.one_step(generator, z[i], y, args.t_init)
+                loss = generator_loss(ratio, fake, sigma[i], eps[i], args.divergence, y)
+            generator_scaler.scale(loss.sum() / args.batch).backward()
+            losses.append(loss.detach().sum())
+        runtime.optimizer_step(generator_opt, generator_scaler, rt)
+        networks.normalize_weights(generator)
+
+        run.nimg += args.batch
+        networks.update_ema(ema, generator, args.batch, min(args.ema_halflife_kimg * 1000, 0.05 * run.nimg))
+
+        if run.due(args.log_kimg):
+            bands, accuracy, bce = band_statistics(records, rt)
+            loss = rt.sum(torch.stack(losses).sum()).item() / (len(losses) * micro_batch * rt.world_size)
+            run.report({"generator_loss": loss, "ratio_loss": bce, "ratio_accuracy": accuracy, "bands": bands},
+                       f"generator {loss:+.4f}  ratio {bce:.4f}, {100 * accuracy:.1f} % right")  # fmt: skip
+            records, losses = [], []
+        if run.due(args.grid_kimg) and rt.is_main:
+            sample.preview(ema, run.dir / f"samples-{run.nimg // 1000:06d}.png", args.seed, rt.device)
+        if run.due(args.save_kimg):
+            run.save(**{name: part.state_dict() for name, part in parts.items()})
+            if rt.is_main:
+                about = dict(nimg=run.nimg, data=dataset.name, divergence=args.divergence, t_init=args.t_init)
+                networks.save_network(run.dir / "network.pt", ema, role="generator", **about)
+                networks.save_network(run.dir / "ratio.pt", ratio, role="ratio", **about)
+    rt.print(f"stage 2 is done: {run.dir / 'network.pt'}")
+
+
+def load_init(args, dataset):
+    """The stage-1 `Denoiser` that --init names, checked against the data."""
+    if args.init == "random":
+        if not args.network:
+            raise UserError("--init random: say which network with --network")
+        cond = networks.NETWORKS[args.network].label_dim > 0
+        return networks.Denoiser(pretrain.network_config(args.network, dataset, cond))
+    if not Path(args.init).exists():
+        raise UserError(
+            f"stage 2 starts from stage 1, but {args.init} is missing; run `python pretrain.py --preset {args.preset}` "
+            f"first, or give a network with --init"
+        )
+    net = networks.load_network(args.init, role="denoiser")
+    wanted, found = (net.config.img_resolution, net.config.img_channels), (dataset.resolution, dataset.channels)
+    if wanted != found:
+        raise UserError(
+            f"{args.init} is for images of {wanted[0]}x{wanted[0]} with {wanted[1]} channels, but {dataset.name} has "
+            f"{found[0]}x{found[0]} with {found[1]}; choose the data that stage 1 was trained on"
+        )
+    if net.config.label_dim and dataset.label_dim not in range(1, net.config.label_dim + 1):
+        raise UserError(
+            f"{args.init} is conditional on {net.config.label_dim} classes, but {dataset.name} has "
+            f"{dataset.label_dim or 'no'} labels; choose the data that stage 1 was trained on"
+        )
+    return net
+
+
+if __name__ == "__main__":
+    runtime.run(main)
