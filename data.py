@@ -302,7 +302,7 @@ def _read_cifar10_batch(file, what):
         raise UserError(f"{what}: not a CIFAR-10 batch; expected `data` as uint8 [n, 3072]")
     if not isinstance(labels, list) or len(labels) != len(data) or not all(_is_class(label) for label in labels):
         raise UserError(f"{what}: `labels` do not match; expected {len(data)} integers from 0 on")
-    return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(labels, np.int64)
+    return np.ascontiguousarray(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), np.array(labels, np.int64)
 
 
 def _is_class(label):

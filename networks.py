@@ -166,7 +166,10 @@ def initialise(module, architecture, gain=1.0):
 
 def group_norm(channels, eps):
     """GroupNorm with at least 4 channels a group and at most 32 groups."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps)
+    groups = min(32, channels // 4)
+    if channels % groups:
+        raise UserError(f"{channels} channels do not divide into {groups} groups; choose model_channels as a multiple of 32")
+    return nn.GroupNorm(groups, channels, eps)
 
 
 class Resample(nn.Module):

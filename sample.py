@@ -6,12 +6,15 @@ Writes a PNG grid (`--out grid.png`), a folder of PNGs (`--out folder`) or a bat
 
     python sample.py --network runs/digits/dijs/network.pt --n 100 --out digits.png
     python sample.py --network runs/cifar10/dijs/network.pt --n 50000 --out samples.npz
+    python sample.py --network runs/digits/dijs/network.pt --ratio runs/digits/dijs/ratio.pt --candidates 4
     python sample.py --network edm-imagenet-64x64-cond-adm.pkl --n 64 --class 207 --out dogs.png
 """
 
 import argparse
+import dataclasses
 import math
 
+import numpy as np
 import torch
 
 import data
@@ -61,20 +64,45 @@ def generate(net, z, labels=None, steps=18):
     return heun(net, z, labels, steps)
 
 
-def inputs(config, indices, seed, device, label=None):
+def inputs(config, indices, seed, device, label=None, candidate=0):
     """(z [n, C, H, W] standard normal, labels [n] or None) of the images with these indices.
 
     Each image has random numbers of its own, drawn on the CPU, so that image i of a seed is the same in any batch and
-    on any device. `label` fixes the class; otherwise it is uniformly random.
+    on any device. `label` fixes the class; otherwise it is uniformly random. `candidate` numbers further draws of the
+    same image (and class).
     """
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
-    generators = [runtime.generator("cpu", seed, int(i), "sample") for i in indices]
-    labels = None
-    if config.label_dim:
-        labels = [torch.randint(config.label_dim, [], generator=g) if label is None else torch.tensor(label) for g in generators]
-        labels = torch.stack(labels).to(device)
-    z = torch.stack([torch.randn(shape, generator=g) for g in generators])
-    return z.to(device), labels
+    z = torch.stack([torch.randn(shape, generator=runtime.generator("cpu", seed, i, candidate, "z")) for i in indices])
+    if not config.label_dim:
+        return z.to(device), None
+    labels = [runtime.generator("cpu", seed, i, "class") if label is None else label for i in indices]
+    labels = [torch.randint(config.label_dim, [], generator=y).item() if label is None else y for y in labels]
+    return z.to(device), torch.tensor(labels, device=device)
+
+
+@torch.no_grad()
+def resample(net, ratio, indices, seed, device, candidates, sigma, label=None, best=False):
+    """Inference-time scaling: per image draw several candidates in parallel, keep one by the ratio (arXiv 2502.08005, v5).
+
+    Candidate k is kept with probability proportional to exp(h_k), the estimated ratio of data to generator density at
+    noise level sigma (importance resampling), or, with `best`, if h_k is the largest (the mode-seeking limit).
+    Returns images [n, C, H, W], labels [n] or None, and the effective sample size [n] (1 to `candidates`) of the weights.
+    """
+    images, logits = [], []
+    for k in range(candidates):
+        z, labels = inputs(net.config, indices, seed, device, label, k)
+        images.append(generate(net, z, labels))
+        eps, _ = inputs(net.config, indices, seed, device, candidate=-1 - k)
+        logits.append(ratio(images[-1] + sigma * eps, torch.full((len(z),), sigma, device=device), labels))
+    h = torch.stack(logits, dim=1)  # [n, candidates]
+    weights = h.softmax(dim=1)
+    if best:
+        chosen = h.argmax(dim=1)
+    else:
+        chosen = torch.cat([w.cpu().multinomial(1, generator=runtime.generator("cpu", seed, i, "choice"))
+                            for i, w in zip(indices, weights)]).to(device)  # fmt: skip
+    images = torch.stack(images, dim=1)[torch.arange(len(h), device=device), chosen]
+    return images, labels, 1 / weights.square().sum(dim=1)
 
 
 def preview(net, path, seed, device, n=64):
@@ -82,3 +110,100 @@ def preview(net, path, seed, device, n=64):
     z, labels = inputs(net.config, range(n), seed, device)
     images = data.to_uint8(generate(net, z, labels)[:, :3])
     data.save_grid(images, path, columns=8, scale=max(1, 32 // net.config.img_resolution))
+
+
+def latent_decoder(device, vae):
+    """Function from the network's latents [n, 4, h, w] to uint8 images [n, 8h, 8w, 3], or None without diffusers."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        return None
+    try:
+        model = AutoencoderKL.from_pretrained(vae).to(device).eval()
+    except Exception as error:  # the hub's client raises many kinds
+        raise UserError(f"cannot load the decoder {vae}: {error}; download it and give its folder with --vae") from None
+
+    @torch.no_grad()
+    def decode(x):
+        # EDM2 fed the VAE pixels in [0, 1], not in the usual [-1, 1]: what comes out is in [0, 1] as well.
+        return data.to_uint8(2 * model.decode(data.denormalise_latents(x)).sample - 1)
+
+    return decode
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runtime.HelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--network", required=True, metavar="PATH", help="network.pt of either stage, or a published EDM or EDM2 pickle")
+    add("--n", type=runtime.positive(int), default=64, metavar="N", help="number of images")
+    add("--seed", type=int, default=0, metavar="S", help="seed; image i of a seed is the same in any batch")
+    add("--out", default="samples.png", metavar="PATH", help="a .png (grid), a .npz (batch) or a new folder (PNG files)")
+    add("--steps", type=runtime.positive(int), default=18, metavar="N", help="Heun steps, for stage-1 networks")
+    add("--class", dest="label", type=int, metavar="C", help="class of all images (default: uniformly random)")
+    add("--batch", type=runtime.positive(int), default=64, metavar="N", help="images at once; changes the memory only")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is any")
+    add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="fp32", help="of the network's arithmetic")
+    add("--ratio", metavar="PATH", help="ratio.pt of stage 2, for --candidates")
+    add("--candidates", type=runtime.positive(int), default=1, metavar="K", help="draw K per image and keep one by the ratio")
+    add("--ratio-sigma", type=runtime.positive(float), default=0.5, metavar="X", help="noise level at which it is read")
+    add("--best", action="store_true", help="keep the candidate of largest ratio instead of resampling")
+    add("--vae", default="stabilityai/sd-vae-ft-mse", metavar="NAME|PATH", help="decoder for latents (needs diffusers)")
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    rt = runtime.start(args.device, args.precision)
+    net = networks.load_network(args.network)
+    role, config = net.about["role"], net.config
+    if role == "ratio":
+        raise UserError(f"{args.network} is a ratio network and makes no images; give the network.pt beside it")
+    if args.label is not None and args.label not in range(config.label_dim):
+        known = f"classes 0 to {config.label_dim - 1}" if config.label_dim else "no classes"
+        raise UserError(f"--class {args.label}: {args.network} has {known}")
+    if (args.candidates > 1) != bool(args.ratio):
+        raise UserError("--candidates and --ratio go together: give the ratio.pt of the generator's folder and K > 1")
+    net.to(rt.device, memory_format=torch.channels_last)
+    ratio = networks.load_network(args.ratio, role="ratio").to(rt.device) if args.ratio else None
+    if ratio and dataclasses.replace(ratio.config, dropout=0.0) != dataclasses.replace(config, dropout=0.0):
+        raise UserError(f"{args.ratio} was not trained with {args.network}; give the ratio.pt beside it")
+    print(f"{args.network}: {'one step' if role == 'generator' else f'Heun, {args.steps} steps'}, {args.n} images")
+
+    decode, grid = data.to_uint8, args.out.endswith(".png")
+    if config.architecture == "edm2":
+        decode = latent_decoder(rt.device, args.vae)
+        if decode is None:
+            advice = "the decoder needs diffusers (`pip install diffusers`)"
+            if not args.out.endswith(".npz"):
+                raise UserError(f"{advice}; without it latents can be written: give --out a name that ends in .npz")
+            print(f"{advice}: writing the latents instead of images")
+            decode = lambda x: data.denormalise_latents(x).cpu().numpy()  # noqa: E731
+
+    sizes = []
+
+    def batches():
+        for i in range(0, args.n, args.batch):
+            indices = range(i, min(i + args.batch, args.n))
+            with rt.autocast():
+                if ratio:
+                    x, labels, size = resample(
+                        net, ratio, indices, args.seed, rt.device, args.candidates, args.ratio_sigma, args.label, args.best
+                    )
+                    sizes.extend(size.tolist())
+                else:
+                    z, labels = inputs(config, indices, args.seed, rt.device, args.label)
+                    x = generate(net, z, labels, args.steps)
+            yield decode(x), None if labels is None else labels.tolist()
+
+    if grid:
+        images = np.concatenate([images for images, _ in batches()])
+        data.save_grid(images, args.out, columns=math.ceil(args.n**0.5), scale=max(1, 32 // images.shape[1]))
+    else:
+        data.write_images(batches(), args.out, args.n)
+    if sizes:
+        print(f"effective sample size {np.mean(sizes):.2f} of {args.candidates} candidates")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    runtime.run(main)
