@@ -742,6 +742,8 @@ def _rebuild_tensor(storage, offset, size, stride, *_):
 
 _PUBLISHED_STAND_INS = {
     **NUMPY_STAND_INS,
+    "builtins.set": set,  # how protocols before 4 spell a set
+    "__builtin__.set": set,
     "collections.OrderedDict": OrderedDict,
     "dnnlib.util.EasyDict": _PlainDict,
     "torch.nn.modules.container.ModuleDict": _PlainModule,

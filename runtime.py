@@ -214,14 +214,19 @@ def save_checkpoint(data, path):
         torch.save(data, part)
 
 
-def load_checkpoint(path):
-    """Read what `save_checkpoint` wrote, to the CPU. Nothing but plain data is accepted; nothing is executed."""
+def load_plain(path, what):
+    """Read a file of tensors and plain data to the CPU; nothing in it is executed. `what` says what it should be."""
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a checkpoint of this project, or a damaged one ({type(error).__name__})") from None
+        raise UserError(f"{path}: not {what}, or a damaged one ({type(error).__name__})") from None
+
+
+def load_checkpoint(path):
+    """Read what `save_checkpoint` wrote, to the CPU. Nothing but plain data is accepted."""
+    data = load_plain(path, "a checkpoint of this project")
     if not isinstance(data, dict) or "kind" not in data:
         raise UserError(f"{path}: not a checkpoint of this project")
     return data
