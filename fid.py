@@ -513,21 +513,25 @@ def frechet_distance(a, b):
     either may be singular, as with fewer images than features.
     """
     a.check(b.features, len(b.mu), b.name or "the other side")
-    product = _root(a).T @ _root(b)  # [rank_a, rank_b]; the smaller of P P^T and P^T P has full rank
-    product = product if product.shape[0] <= product.shape[1] else product.T
+    product = _root(a).T @ _root(b)  # [rank_a, rank_b]
+    product = product if product.shape[0] <= product.shape[1] else product.T  # the smaller side: fewer zeros to round
     trace = torch.linalg.eigvalsh(product @ product.T).clamp(min=0).sqrt().sum().item()
     distance = float(((a.mu - b.mu) ** 2).sum() + a.sigma.trace() + b.sigma.trace() - 2 * trace)
     return max(distance, 0.0)  # rounding can put equal sets at -1e-13
 
 
 def _root(statistics):
-    """R [d, rank] with sigma = R R^T, from the eigenvectors whose eigenvalues are not rounding errors of zero."""
+    """R [d, rank] with sigma = R R^T: the eigenvectors, each times the square root of its eigenvalue.
+
+    Eigenvalues that are rounding errors of zero are left out. The largest comes first: graded like this, products of
+    roots have small eigenvalues with all their digits, in the other order the large ones drown them.
+    """
     values, vectors = torch.linalg.eigh(torch.from_numpy(statistics.sigma))
     largest = values[-1].item()
     if values[0] < -1e-5 * largest:
         raise UserError(f"{statistics.name or 'statistics'}: sigma is not a covariance (it has negative eigenvalues)")
     kept = values > len(values) * torch.finfo(torch.float64).eps * largest
-    return vectors[:, kept] * values[kept].sqrt()
+    return (vectors[:, kept] * values[kept].sqrt()).flip(1)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -398,7 +398,7 @@ class Progress:
 # What the two training scripts have in common around their loops.
 
 # Flags that may change between one part of a run and its continuation: they do not decide what is computed.
-FREE_FLAGS = {"preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg", "save_kimg", "fid_every", "inception"}
+FREE_FLAGS = {"preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg", "save_kimg", "fid_every", "fid_images", "fid_reference", "fid_features", "inception"}
 
 
 def parse_args(parser, presets):
@@ -512,9 +512,13 @@ class Run:
                 f"{bad[0]} is {record[bad[0]]} at {self.nimg / 1000:g} kimg: training diverged; the last checkpoint in "
                 f"{self.dir} is untouched. Try a lower --lr or --precision bf16 or fp32"
             )
+        self.note({**record, "images_per_second": rate}, f"{status}  {text}")
+
+    def note(self, record, text):
+        """Write a log line and show `text`."""
         if self.runtime.is_main:
-            self.log.write({"nimg": self.nimg, **record, "images_per_second": rate})
-        self.runtime.print(f"{status}  {text}")
+            self.log.write({"nimg": self.nimg, **record})
+        self.runtime.print(text)
 
     def save(self, **state):
         """Write the checkpoint from which the run continues."""

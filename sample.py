@@ -80,6 +80,13 @@ def inputs(config, indices, seed, device, label=None, candidate=0):
     return z.to(device), torch.tensor(labels, device=device)
 
 
+def draw(net, indices, seed, device, batch, label=None, steps=18):
+    """Iterator over (images [n, C, H, W], labels [n] or None) of the samples with these indices, `batch` at a time."""
+    for i in range(0, len(indices), batch):
+        z, labels = inputs(net.config, indices[i : i + batch], seed, device, label)
+        yield generate(net, z, labels, steps), labels
+
+
 @torch.no_grad()
 def resample(net, ratio, indices, seed, device, candidates, sigma, label=None, best=False):
     """Inference-time scaling: per image draw several candidates in parallel, keep one by the ratio (arXiv 2502.08005, v5).
@@ -110,6 +117,10 @@ def preview(net, path, seed, device, n=64):
     z, labels = inputs(net.config, range(n), seed, device)
     images = data.to_uint8(generate(net, z, labels)[:, :3])
     data.save_grid(images, path, columns=8, scale=max(1, 32 // net.config.img_resolution))
+
+
+VAE = "stabilityai/sd-vae-ft-mse"  # what EDM2's latents were made with
+NO_DIFFUSERS = "latents are decoded with diffusers, which is not installed (`pip install diffusers`)"
 
 
 def latent_decoder(device, vae):
@@ -147,7 +158,7 @@ def arguments():
     add("--candidates", type=runtime.positive(int), default=1, metavar="K", help="draw K per image and keep one by the ratio")
     add("--ratio-sigma", type=runtime.positive(float), default=0.5, metavar="X", help="noise level at which it is read")
     add("--best", action="store_true", help="keep the candidate of largest ratio instead of resampling")
-    add("--vae", default="stabilityai/sd-vae-ft-mse", metavar="NAME|PATH", help="decoder for latents (needs diffusers)")
+    add("--vae", default=VAE, metavar="NAME|PATH", help="decoder for latents (needs diffusers)")
     return parser.parse_args()
 
 
@@ -169,37 +180,36 @@ def main():
         raise UserError(f"{args.ratio} was not trained with {args.network}; give the ratio.pt beside it")
     print(f"{args.network}: {'one step' if role == 'generator' else f'Heun, {args.steps} steps'}, {args.n} images")
 
-    decode, grid = data.to_uint8, args.out.endswith(".png")
+    decode = data.to_uint8
     if config.architecture == "edm2":
         decode = latent_decoder(rt.device, args.vae)
+        if decode is None and not args.out.endswith(".npz"):
+            raise UserError(f"{NO_DIFFUSERS}; without it latents can be written: give --out a name that ends in .npz")
         if decode is None:
-            advice = "the decoder needs diffusers (`pip install diffusers`)"
-            if not args.out.endswith(".npz"):
-                raise UserError(f"{advice}; without it latents can be written: give --out a name that ends in .npz")
-            print(f"{advice}: writing the latents instead of images")
-            decode = lambda x: data.denormalise_latents(x).cpu().numpy()  # noqa: E731
+            print(f"{NO_DIFFUSERS}: writing the latents instead of images")
+
+            def decode(x):
+                return data.denormalise_latents(x).cpu().numpy()
 
     sizes = []
 
-    def batches():
+    def chosen_by_ratio():
         for i in range(0, args.n, args.batch):
             indices = range(i, min(i + args.batch, args.n))
-            with rt.autocast():
-                if ratio:
-                    x, labels, size = resample(
-                        net, ratio, indices, args.seed, rt.device, args.candidates, args.ratio_sigma, args.label, args.best
-                    )
-                    sizes.extend(size.tolist())
-                else:
-                    z, labels = inputs(config, indices, args.seed, rt.device, args.label)
-                    x = generate(net, z, labels, args.steps)
-            yield decode(x), None if labels is None else labels.tolist()
+            x, labels, size = resample(
+                net, ratio, indices, args.seed, rt.device, args.candidates, args.ratio_sigma, args.label, args.best
+            )
+            sizes.extend(size.tolist())
+            yield x, labels
 
-    if grid:
-        images = np.concatenate([images for images, _ in batches()])
-        data.save_grid(images, args.out, columns=math.ceil(args.n**0.5), scale=max(1, 32 // images.shape[1]))
-    else:
-        data.write_images(batches(), args.out, args.n)
+    plain = draw(net, range(args.n), args.seed, rt.device, args.batch, args.label, args.steps)
+    batches = ((decode(x), labels if labels is None else labels.tolist()) for x, labels in (chosen_by_ratio() if ratio else plain))
+    with rt.autocast():
+        if args.out.endswith(".png"):
+            images = np.concatenate([images for images, _ in batches])
+            data.save_grid(images, args.out, columns=math.ceil(args.n**0.5), scale=max(1, 32 // images.shape[1]))
+        else:
+            data.write_images(batches, args.out, args.n)
     if sizes:
         print(f"effective sample size {np.mean(sizes):.2f} of {args.candidates} candidates")
     print(f"wrote {args.out}")

@@ -1,0 +1,24 @@
+# make demo    environment, both stages on the embedded digits, samples, a table of distances: ten minutes on two cores
+# make test    the tests
+# make demo SEED=1 repeats it with another seed, in a folder of its own.
+
+PYTHON ?= python3
+SEED ?= 0
+OUT ?= runs/demo-$(SEED)
+PY = .venv/bin/python
+
+.PHONY: demo test
+
+demo: .venv/ready
+	$(PY) pretrain.py --seed $(SEED) --outdir $(OUT)/pretrain
+	$(PY) train_diffratio.py --seed $(SEED) --init $(OUT)/pretrain/network.pt --outdir $(OUT)/dijs
+	$(PY) examples/demo.py --pretrained $(OUT)/pretrain/network.pt --generator $(OUT)/dijs/network.pt --outdir $(OUT) --seed $(SEED)
+
+test: .venv/ready
+	$(PY) -m pytest -q tests
+
+.venv/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
