@@ -334,9 +334,9 @@ class Statistics:
         """Read a `.npz` of `mu` and `sigma`; those without more are taken for Inception's if they have its size."""
         try:
             with np.load(path, allow_pickle=False) as file:
-                found = {k: file[k] for k in ("mu", "sigma", "features", "n", "name", "hash") if k in file.files}
-            mu, sigma = found.pop("mu"), found.pop("sigma")
-            about = {k: v.item() for k, v in found.items()}
+                mu, sigma = file["mu"], file["sigma"]
+                kinds = dict(features=str, n=int, name=str, hash=str)
+                about = {key: kind(file[key].item()) for key, kind in kinds.items() if key in file.files}
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except READ_ERRORS as error:
@@ -344,7 +344,9 @@ class Statistics:
         if "features" not in about and mu.shape[:1] != (2048,):
             raise UserError(f"{path}: does not say which features it holds, and mu is {list(mu.shape)}, while "
                             "Inception's is [2048]")
-        return cls(mu, sigma, **{"features": "inception", "name": str(path), **about})
+        found = cls(mu, sigma, **{"features": "inception", **about, "name": str(path)})
+        found.name = about.get("name", found.name)  # errors before this line name the file
+        return found
 
     def check(self, tag, dim, other):
         """Raise unless these are features of the kind `tag` and the size `dim`, which `other` has."""
@@ -463,6 +465,7 @@ def measure_dataset(extractor, dataset, rt, batch=64, indices=None):
 def reference_statistics(extractor, dataset, rt, batch=64):
     """`Statistics` of a whole data set, from the cache folder if they were computed before."""
     check_images(extractor, dataset)
+    # The 1 is the version of this file's features: whoever changes them changes it.
     key = hashlib.sha256(f"1 {dataset.fingerprint()} {extractor.tag}".encode()).hexdigest()[:32]
     path = runtime.cache_dir() / "stats" / f"{key}.npz"
 

@@ -54,8 +54,15 @@ class Config:
         if self.architecture not in ("ddpmpp", "ncsnpp", "adm", "edm2"):
             raise UserError(f"unknown architecture {self.architecture!r}; known: ddpmpp, ncsnpp, adm, edm2")
         sizes = (self.img_resolution, self.img_channels, self.model_channels, self.num_blocks, *self.channel_mult)
-        if not self.channel_mult or any(not isinstance(n, int) or n < 1 for n in sizes) or self.label_dim < 0:
+        whole = all(isinstance(n, int) for n in (*sizes, *self.attn_resolutions, self.label_dim))
+        if not self.channel_mult or not whole or min(sizes) < 1 or self.label_dim < 0:
             raise UserError(f"network sizes must be positive whole numbers: {self}")
+        if not all(isinstance(n, (int, float)) for n in (self.dropout, self.sigma_data)):
+            raise UserError(f"dropout and sigma_data must be numbers: {self}")
+        if not 0 <= self.dropout < 1 or not 0 < self.sigma_data < math.inf:
+            raise UserError(f"dropout must be in [0, 1) and sigma_data above 0: {self}")
+        if self.preconditioning not in ("edm", "vp", "ve"):
+            raise UserError(f"unknown preconditioning {self.preconditioning!r}; known: edm, vp, ve")
         halvings = len(self.channel_mult) - 1
         if self.img_resolution % 2**halvings:
             raise UserError(
@@ -92,7 +99,7 @@ def preconditioning(kind, sigma, sigma_data):
         return sigma_data**2 / total**2, sigma * sigma_data / total, 1 / total, sigma.log() / 4
     one = torch.ones_like(sigma)
     if kind == "vp":  # t(sigma) inverts the variance preserving schedule with beta_d = 19.9, beta_min = 0.1
-        t = ((0.1**2 + 2 * 19.9 * torch.log1p(sigma**2)).sqrt() - 0.1) / 19.9
+        t = ((0.1**2 + 2 * 19.9 * (1 + sigma**2).log()).sqrt() - 0.1) / 19.9
         return one, -sigma, 1 / (sigma**2 + 1).sqrt(), 999 * t
     if kind == "ve":
         return one, sigma, one, (sigma / 2).log()
@@ -260,9 +267,8 @@ class Block(nn.Module):
             self.skip = initialise(Conv2d(in_channels, out_channels, 1, mode, taps), arch)
         elif mode != "keep":
             self.skip = Resample(mode, taps)
-        self.heads = 0
-        if attend:
-            self.heads = out_channels // 64 if arch == "adm" else 1
+        self.heads = (out_channels // 64 if arch == "adm" else 1) if attend else 0
+        if self.heads:  # none in ADM's narrowest networks
             self.norm2 = group_norm(out_channels, eps)
             self.qkv = initialise(Conv2d(out_channels, 3 * out_channels, 1), arch, 0.2**0.5)
             self.proj = initialise(Conv2d(out_channels, out_channels, 1), arch, 1e-5)
@@ -675,19 +681,34 @@ def load_network(path, role=None):
     any other role is an error. Raises `UserError` for anything that is not such a file; executes nothing in it.
     """
     try:
-        with open(path, "rb") as file:
-            ours = zipfile.is_zipfile(file)
-            file.seek(0)
-            config, about, state = (None, None, None) if ours else _read_published(file, path)
+        return _load_network(path, role)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # a file made with ill will, or a damaged one, can fail in any way
+        raise UserError(f"{path}: not a usable network file ({type(error).__name__}: {error})") from None
+
+
+def _load_network(path, role):
+    with open(path, "rb") as file:
+        ours = zipfile.is_zipfile(file)
+        file.seek(0)
+        config, about, state = (None, None, None) if ours else _read_published(file, path)
     if ours:
         data = load_checkpoint(path)
         if data["kind"] != NETWORK_KIND:
             raise UserError(f"{path} is a {data['kind']}, not a network; use the network.pt beside it")
         config, about, state = Config(**data["config"]), data["about"], data["state"]
+    if about["role"] not in ("denoiser", "generator", "ratio"):
+        raise UserError(f"{path} holds a {about['role']}, which is no network of this project")
     if role and about["role"] != role:
         raise UserError(f"{path} holds a {about['role']}, but a {role} is needed here")
+    if config.num_blocks * len(config.channel_mult) > len(state):  # before a network of any size is built
+        raise UserError(f"{path}: weights do not fit the network it describes: {len(state)} tensors are too few")
+    for key, value in state.items():
+        if not value.is_floating_point() or value.layout != torch.strided or value.device.type != "cpu":
+            raise UserError(f"{path}: {key} is no plain tensor of floating-point numbers")
 
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
         net = RatioNetwork(config) if about["role"] == "ratio" else Denoiser(config)
@@ -697,7 +718,7 @@ def load_network(path, role=None):
         key = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))[0]
         shapes = [list(s[key]) if key in s else "nothing" for s in (found, wanted)]
         raise UserError(f"{path}: weights do not fit the network it describes: {key} is {shapes[0]}, expected {shapes[1]}")
-    net.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+    net.load_state_dict({k: v.float().contiguous() for k, v in state.items()}, assign=True)
     net.about = about
     return net.eval()
 
@@ -705,8 +726,13 @@ def load_network(path, role=None):
 class _Persistent:
     """Stands in for a persistent object of EDM's pickles: its class name and its attributes, no code."""
 
+    class_name = state = None
+
     def __init__(self, meta):
         self.class_name, self.state = meta.get("class_name"), meta.get("state")
+
+    def __setstate__(self, state):  # without it, a pickle could set attributes of this class
+        pass
 
 
 class _PlainModule:
@@ -728,16 +754,27 @@ class _PlainDict(dict):
 def _nested_storage(data):
     """The bytes of a torch.save'd storage: itself a pickle, read under weights_only."""
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # weights_only refuses by raising; the reason fits on one line
-        raise UserError(f"refused: a tensor's storage is no plain data ({str(error).splitlines()[0][:100]})") from None
+        storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # weights_only refuses by raising
+        raise UserError(f"refused: a tensor's storage is no plain data ({type(error).__name__})") from None
+    if not isinstance(storage, (torch.TypedStorage, torch.UntypedStorage)):  # weights_only also lets classes of torch pass
+        raise UserError("refused: a tensor's storage is no storage")
+    return storage
 
 
-def _rebuild_tensor(storage, offset, size, stride, *_):
-    if not isinstance(storage, (torch.TypedStorage, torch.UntypedStorage)):
-        raise UserError("refused: a tensor without a storage")
-    dtype = storage.dtype if isinstance(storage, torch.TypedStorage) else torch.uint8
-    return torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
+class _PlainTensor:
+    """Stands in for a tensor. Not a real one, because a pickle can stretch those past their storage."""
+
+    value = None
+
+    def __init__(self, storage, offset, size, stride, *_):
+        if not isinstance(storage, (torch.TypedStorage, torch.UntypedStorage)):
+            raise UserError("refused: a tensor without a storage")
+        dtype = storage.dtype if isinstance(storage, torch.TypedStorage) else torch.uint8
+        self.value = torch.empty(0, dtype=dtype).set_(storage).as_strided(size, stride, offset)  # checks the bounds
+
+    def __setstate__(self, state):
+        pass
 
 
 _PUBLISHED_STAND_INS = {
@@ -748,7 +785,7 @@ _PUBLISHED_STAND_INS = {
     "dnnlib.util.EasyDict": _PlainDict,
     "torch.nn.modules.container.ModuleDict": _PlainModule,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _PlainTensor,
     "torch.storage._load_from_bytes": _nested_storage,
     "torch_utils.persistence._reconstruct_persistent_obj": _Persistent,
 }
@@ -775,8 +812,10 @@ def _read_published(file, path):
     """(config, about, state dict) of an open EDM or EDM2 pickle."""
     data = read_pickle(file, _PUBLISHED_STAND_INS, path)
     net = data.get("ema") if isinstance(data, dict) else None
-    if not isinstance(net, _Persistent) or net.class_name not in _PRECONDITIONING or not isinstance(net.state, dict):
+    if not isinstance(net, _Persistent) or not isinstance(net.state, dict):
         raise UserError(f"{path}: no network under the key 'ema', as a published EDM or EDM2 checkpoint has")
+    if net.class_name not in _PRECONDITIONING:
+        raise UserError(f"{path}: a network of class {net.class_name} is not implemented; known: {', '.join(_PRECONDITIONING)}")
     try:
         config = _published_config(net)
     except (UserError, TypeError, ValueError) as error:
@@ -787,7 +826,10 @@ def _read_published(file, path):
 
 def _published_config(net):
     names = ("img_resolution", "img_channels", "label_dim")  # arguments that may come by position
-    kwargs = {**dict(zip(names, net.state.get("_init_args", ()))), **net.state["_init_kwargs"]}
+    args = net.state.get("_init_args", ())
+    if len(args) > len(names):
+        raise UserError(f"{len(args)} arguments by position are not implemented, {len(names)} at most")
+    kwargs = {**dict(zip(names, args)), **net.state["_init_kwargs"]}
     edm2 = net.class_name == "Precond"
     model_type = "EDM2" if edm2 else kwargs.pop("model_type", "DhariwalUNet" if net.class_name == "EDMPrecond" else "SongUNet")
     if model_type not in _EDM_SHAPE_DEFAULTS:
@@ -817,14 +859,18 @@ def _published_config(net):
     )  # fmt: skip
 
 
-def _flatten(module, prefix=""):
+def _flatten(module, prefix="", seen=None):
     """(name, tensor) for all parameters and buffers of a stand-in module and those inside it."""
     state = module.state if isinstance(module, (_Persistent, _PlainModule)) else None
     if not isinstance(state, dict):
         return
+    seen = set() if seen is None else seen
+    if id(state) in seen:
+        raise UserError(f"module {prefix} appears twice")
+    seen.add(id(state))
     for group in ("_parameters", "_buffers"):
         for name, value in (state.get(group) or {}).items():
-            if isinstance(value, torch.Tensor):
-                yield prefix + name, value
+            if isinstance(value, _PlainTensor):
+                yield prefix + name, value.value
     for name, child in (state.get("_modules") or {}).items():
-        yield from _flatten(child, f"{prefix}{name}.")
+        yield from _flatten(child, f"{prefix}{name}.", seen)

@@ -7,6 +7,7 @@ of unknown origin) and logs. Nothing in this file knows what is being trained.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ import shutil
 import sys
 import time
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,11 @@ import torch.distributed as dist
 
 class UserError(Exception):
     """Bad input. The message is one line that names the cause and the remedy."""
+
+    def __init__(self, message):
+        text = "".join(c if c.isprintable() else " " for c in str(message)[:2000])  # parts may come from a hostile file
+        text = " ".join(text.split())
+        super().__init__(text if len(text) <= 500 else text[:500] + " ...")
 
 
 def run(main):
@@ -250,8 +257,10 @@ class _NumpyDtype:
 class PickledArray:
     """Stands in for numpy.ndarray in a pickle: keeps the raw bytes; `array()` makes the real one."""
 
+    state = None
+
     def __init__(self, *_):
-        self.state = None
+        pass
 
     def __setstate__(self, state):
         self.state = state
@@ -292,8 +301,9 @@ class _StandInUnpickler(pickle.Unpickler):
         self.stand_ins = stand_ins
 
     def find_class(self, module, name):
-        if f"{module}.{name}" in self.stand_ins:
-            return self.stand_ins[f"{module}.{name}"]
+        found = self.stand_ins.get(f"{module}.{name}")
+        if found is not None:  # a pickle can set attributes of what it is given: not of our own functions
+            return found if isinstance(found, type) else functools.partial(found)
         raise UserError(f"refused: it asks for {module}.{name}, which no data file of this kind needs")
 
 

@@ -52,10 +52,12 @@ def main():
         name: np.concatenate([data.to_uint8(x) for x, _ in sample.draw(net, range(REPEATS * half), args.seed, rt.device, 256)])
         for name, net in (("Heun, 18 steps", heun), ("one step, before stage 2", before), ("one step, after stage 2", after))
     }
-    columns = [dataset.images[:64], *(images[:64] for images in samples.values())]
-    grid = np.concatenate([np.stack([c.reshape(8, 8, *c.shape[1:]) for c in columns], axis=1)]).reshape(-1, *columns[0].shape[1:])
+    # Four panels of 8 x 8 images, with a column of white between them.
+    panels = [images[:64].reshape(8, 8, 8, 8, 1) for images in (dataset.images, *samples.values())]
+    gap = np.full((8, 1, 8, 8, 1), 255, np.uint8)
+    rows = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
     path = Path(args.outdir) / "demo.png"
-    data.save_grid(grid, path, columns=32, scale=3)
+    data.save_grid(rows.reshape(-1, 8, 8, 1), path, columns=rows.shape[1], scale=3, padding=1)
 
     def statistics(images):
         return fid.measure(extractor, np.array_split(images, 8), rt)
