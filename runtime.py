@@ -224,10 +224,16 @@ def save_checkpoint(data, path):
 def load_plain(path, what):
     """Read a file of tensors and plain data to the CPU; nothing in it is executed. `what` says what it should be."""
     try:
+        if zipfile.is_zipfile(path):  # torch's current format; it does not look at the check sums itself
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise UserError(f"{path}: damaged (check sum of {damaged})")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # files that are something else fail in many ways
         raise UserError(f"{path}: not {what}, or a damaged one ({type(error).__name__})") from None
 
 
@@ -386,6 +392,17 @@ class Log:
             file.write(json.dumps(record) + "\n")
 
 
+def peak_memory_gb(device):
+    """The most memory that this process has held so far: on a GPU its tensors, on the CPU all of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
 class Progress:
     """Status text with images/s and the time left. Counts only what this process did."""
 
@@ -440,6 +457,11 @@ def parse_args(parser, presets):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows each default (of the preset on the command line) and leaves the description as it was written."""
+
+    def _get_help_string(self, action):
+        if action.default is None or "default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def positive(kind):
@@ -497,6 +519,7 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.log = Log(self.dir / "log.jsonl", self.nimg)
         self.progress = Progress(self.nimg, self.total_nimg)
+        self.advice = f"training diverged; the last checkpoint in {self.dir} is untouched. Try a lower --lr, or --precision fp32"
 
     def _check(self, path):
         if self.state["kind"] != self.kind:
@@ -518,11 +541,9 @@ class Run:
         rate, status = self.progress.tick(self.nimg)
         bad = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
         if bad:
-            raise UserError(
-                f"{bad[0]} is {record[bad[0]]} at {self.nimg / 1000:g} kimg: training diverged; the last checkpoint in "
-                f"{self.dir} is untouched. Try a lower --lr or --precision bf16 or fp32"
-            )
-        self.note({**record, "images_per_second": rate}, f"{status}  {text}")
+            raise UserError(f"{bad[0]} is {record[bad[0]]} at {self.nimg / 1000:g} kimg: {self.advice}")
+        memory = peak_memory_gb(self.runtime.device)
+        self.note({**record, "images_per_second": rate, "peak_memory_gb": memory}, f"{status}  {memory:.1f} GB  {text}")
 
     def note(self, record, text):
         """Write a log line and show `text`."""
@@ -531,7 +552,9 @@ class Run:
         self.runtime.print(text)
 
     def save(self, **state):
-        """Write the checkpoint from which the run continues."""
+        """Write the checkpoint from which the run continues; `state` has the averaged weights under "ema"."""
+        if not all(bool(v.isfinite().all()) for v in state["ema"].values()):
+            raise UserError(f"the weights are not finite at {self.nimg / 1000:g} kimg: {self.advice}")
         if self.runtime.is_main:
             save_checkpoint({"kind": self.kind, "settings": self.settings, "nimg": self.nimg, **state},
                             self.dir / "checkpoint.pt")  # fmt: skip

@@ -1,0 +1,342 @@
+"""Promises of the scripts: runs continue exactly, ranks and micro-batches change nothing, bad input is one line."""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import fid
+import networks
+import pretrain
+import runtime
+import sample
+import train_diffratio
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums in one order, so that equal runs are equal to the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Function (script module, *arguments): run a script in this process, as the command line would."""
+
+    def run(script, *args):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, args)])
+        runtime.run(script.main)
+
+    return run
+
+
+@pytest.fixture
+def refused(call, capsys):
+    """Function (script, *arguments) -> the one line with which the script refuses them, at exit code 2."""
+
+    def run(script, *args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            call(script, *args)
+        assert stop.value.code == 2
+        error = capsys.readouterr().err.strip()
+        assert "Traceback" not in error and "\n" not in error, error
+        return error
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def stage1(tmp_path_factory):
+    """A short but useful stage 1 on the digits: the folder with its network.pt."""
+    out = tmp_path_factory.mktemp("stage1")
+    command = [sys.executable, ROOT / "pretrain.py", "--kimg", "16", "--ema-halflife-kimg", "2", "--outdir", out, "--device", "cpu"]
+    subprocess.run([str(c) for c in command], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    return out
+
+
+SHORT = ["--device", "cpu", "--kimg", "0.256", "--batch", "32", "--grid-kimg", "100"]  # eight steps
+
+
+def weights(path):
+    return networks.load_network(path).state_dict()
+
+
+def same(a, b, atol=0.0):
+    return all(torch.allclose(a[k], b[k], rtol=0, atol=atol) for k in a) and a.keys() == b.keys()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Stage 2 does what it is for.
+
+
+def test_stage_2_brings_samples_closer_to_the_data(call, stage1, tmp_path):
+    """A few kimg of stage 2 lower the distance to the digits, in the features of a short stage 1, by a third or more."""
+    call(train_diffratio, "--init", stage1 / "network.pt", "--outdir", tmp_path, "--kimg", "6", "--lr", "3e-4", "--device", "cpu")
+    rt = runtime.start("cpu")
+    extractor = fid.network_features(rt, stage1 / "network.pt")
+    digits = data.load("digits")
+    reference, _ = fid.measure_dataset(extractor, digits, rt)
+
+    def distance(net):
+        images = (data.to_uint8(x) for x, _ in sample.draw(net, range(512), 0, rt.device, 128))
+        return fid.frechet_distance(fid.measure(extractor, images, rt), reference)
+
+    before = networks.load_network(stage1 / "network.pt")
+    before.about = {"role": "generator", "t_init": 2.5}
+    assert distance(networks.load_network(tmp_path / "network.pt")) < 0.67 * distance(before)
+
+
+@pytest.mark.parametrize("divergence", list(train_diffratio.DIVERGENCES))
+def test_every_divergence_trains_and_logs_the_noise_bands(call, stage1, tmp_path, divergence):
+    call(train_diffratio, *SHORT, "--init", stage1 / "network.pt", "--outdir", tmp_path, "--divergence", divergence, "--log-kimg", "0.128")
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["nimg"] for r in records] == [128, 256]
+    for band in records[-1]["bands"].values():
+        assert set(band) == {"accuracy", "loss", "logit_mean", "logit_std"} and 0 <= band["accuracy"] <= 1
+    assert not same(weights(tmp_path / "network.pt"), weights(stage1 / "network.pt"))
+
+
+def test_more_ratio_steps_and_random_starts_run(call, stage1, tmp_path):
+    call(train_diffratio, *SHORT, "--init", stage1 / "network.pt", "--outdir", tmp_path / "a", "--ratio-steps", "2", "--ratio-init", "random")
+    call(train_diffratio, *SHORT, "--init", "random", "--network", "digits", "--outdir", tmp_path / "b")
+    assert networks.load_network(tmp_path / "a" / "ratio.pt", role="ratio").about["t_init"] == 2.5
+
+
+def test_fid_during_training_keeps_the_best_generator(call, stage1, tmp_path):
+    call(train_diffratio, *SHORT, "--init", stage1 / "network.pt", "--outdir", tmp_path, "--fid-every", "0.128",
+         "--fid-images", "100", "--fid-features", stage1 / "network.pt")  # fmt: skip
+    values = [json.loads(line)["fid"] for line in (tmp_path / "log.jsonl").read_text().splitlines() if '"fid"' in line]
+    assert len(values) == 2 and networks.load_network(tmp_path / "network-best.pt").about["fid"] == min(values)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A run can be repeated, interrupted and divided.
+
+
+def scripts(stage1):
+    yield pretrain, []
+    yield train_diffratio, ["--init", stage1 / "network.pt"]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_an_interrupted_run_continues_exactly(call, stage1, tmp_path, stage):
+    """128 images, then the rest, gives the weights, averages and optimiser of an uninterrupted run, bit for bit."""
+    script, args = list(scripts(stage1))[stage]
+    call(script, *args, *SHORT, "--outdir", tmp_path / "whole")
+    call(script, *args, *SHORT, "--outdir", tmp_path / "parts", "--kimg", "0.128")
+    call(script, *args, *SHORT, "--outdir", tmp_path / "parts")
+    whole, parts = (runtime.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
+
+    def compare(a, b):
+        assert type(a) is type(b)
+        if isinstance(a, dict):
+            assert a.keys() == b.keys()
+            for key in a:
+                compare(a[key], b[key])
+        elif isinstance(a, list):
+            assert len(a) == len(b)
+            for x, y in zip(a, b):
+                compare(x, y)
+        else:
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+    compare(whole, parts)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_micro_batches_do_not_change_the_result(call, stage1, tmp_path, stage):
+    """Up to rounding: sums are taken in another order. Dropout is off (the digits have none)."""
+    script, args = list(scripts(stage1))[stage]
+    call(script, *args, *SHORT, "--outdir", tmp_path / "one")
+    call(script, *args, *SHORT, "--outdir", tmp_path / "four", "--micro-batch", "8")
+    assert same(weights(tmp_path / "one" / "network.pt"), weights(tmp_path / "four" / "network.pt"), atol=2e-4)
+    assert not same(weights(tmp_path / "one" / "network.pt"), weights(stage1 / "network.pt"), atol=2e-4)
+
+
+def test_two_ranks_give_the_result_of_one(call, stage1, tmp_path):
+    args = [*SHORT, "--init", stage1 / "network.pt"]
+    call(train_diffratio, *args, "--outdir", tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "train_diffratio.py", *args, "--outdir", tmp_path / "two"]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert same(weights(tmp_path / "one" / "network.pt"), weights(tmp_path / "two" / "network.pt"), atol=2e-4)
+    one, two = (json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("one", "two"))
+    assert one["ratio_loss"] == pytest.approx(two["ratio_loss"], abs=1e-5)
+
+
+def test_bf16_stays_close_to_fp32(call, stage1, tmp_path):
+    args = [*SHORT, "--init", stage1 / "network.pt"]
+    call(train_diffratio, *args, "--outdir", tmp_path / "a", "--precision", "bf16")
+    call(train_diffratio, *args, "--outdir", tmp_path / "b")
+    a, b = (json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in "ab")
+    assert a["ratio_loss"] == pytest.approx(b["ratio_loss"], abs=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The paper's systems: real shapes, reduced width.
+
+
+def small_data(folder, preset):
+    """A data set of the preset's shape, kind and number of classes: four images of CIFAR-10's, ImageNet's or latent size."""
+    rng = np.random.default_rng(0)
+    if preset.startswith("cifar10"):
+        np.savez(folder / "data.npz", images=rng.integers(0, 256, (4, 32, 32, 3), np.uint8), labels=np.array([0, 3, 9, 9]))
+        return folder / "data.npz"
+    labels = {"labels": []}
+    with zipfile.ZipFile(folder / "data.zip", "w") as archive:
+        for i, label in enumerate([0, 207, 999, 207]):
+            file = io.BytesIO()
+            if preset == "imagenet64":
+                Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(file, format="PNG")
+            else:
+                np.save(file, rng.random((8, 64, 64), np.float32) * 5)
+            name = f"00000/img{i:08d}.{'png' if preset == 'imagenet64' else 'npy'}"
+            archive.writestr(name, file.getvalue())
+            labels["labels"].append([name, label])
+        archive.writestr("dataset.json", json.dumps(labels))
+    return folder / "data.zip"
+
+
+NARROW = {"cifar10": ("cifar10", 32), "cifar10-cond": ("cifar10", 32), "imagenet64": ("imagenet64", 32), "imagenet512": ("edm2-s", 32)}
+
+
+@pytest.mark.parametrize("preset", NARROW)
+def test_every_preset_takes_a_step_on_real_shapes(call, tmp_path, monkeypatch, preset):
+    """One iteration of both stages at 32 channels instead of 128 or 192, with the preset's own settings otherwise."""
+    network, width = NARROW[preset]
+    narrow = dataclasses.replace(networks.NETWORKS[network], model_channels=width, num_blocks=1)
+    monkeypatch.setitem(networks.NETWORKS, network, narrow)
+    args = ["--preset", preset, "--data", small_data(tmp_path, preset), "--batch", "2", "--kimg", "0.002", "--device", "cpu"]
+    if preset == "imagenet512":  # sampling for the grid would take 35 evaluations of 64 latents
+        monkeypatch.setattr(sample, "preview", lambda *args: None)
+    else:
+        monkeypatch.setattr(sample, "preview", functools.partial(sample.preview, n=2))
+    call(pretrain, *args, "--outdir", tmp_path / "a")
+    config = networks.load_network(tmp_path / "a" / "network.pt").config
+    assert config.label_dim == {"cifar10": 0, "cifar10-cond": 10}.get(preset, 1000)
+    call(train_diffratio, *args, "--outdir", tmp_path / "b", "--init", tmp_path / "a" / "network.pt")
+
+    generator, ratio = (runtime.load_checkpoint(tmp_path / "b" / "checkpoint.pt")[name] for name in ("generator", "ratio"))
+    assert not same(generator, weights(tmp_path / "a" / "network.pt"))
+    if preset == "imagenet512":  # both networks kept the magnitudes of EDM2's weights through their steps
+        matrices = [v for net in (generator, ratio) for k, v in net.items() if v.ndim > 1 and "head" not in k]
+        assert len(matrices) > 50
+        for v in matrices:
+            assert v.flatten(1).square().mean(dim=1).sqrt().sub(1).abs().max() < 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sampling.
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_images_of_a_seed_do_not_depend_on_the_batch(call, stage1, tmp_path, stage):
+    network = stage1 / "network.pt"
+    if stage:
+        call(train_diffratio, *SHORT, "--init", network, "--outdir", tmp_path / "run")
+        network = tmp_path / "run" / "network.pt"
+    for name, batch in (("a", 10), ("b", 3)):
+        call(sample, "--network", network, "--n", "10", "--seed", "5", "--batch", batch, "--steps", "6", "--out", tmp_path / f"{name}.npz")
+    a, b = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "ab")
+    assert a.shape == (10, 8, 8, 1) and a.dtype == np.uint8
+    assert np.abs(a.astype(int) - b).max() <= 1  # a grey level, where rounding falls on the other side
+    assert np.mean(a != b) < 0.01
+
+
+def test_all_outputs_hold_the_same_images(call, stage1, tmp_path):
+    for out in ("grid.png", "batch.npz", "folder"):
+        call(sample, "--network", stage1 / "network.pt", "--n", "4", "--steps", "4", "--out", tmp_path / out)
+    batch, folder = data.load(str(tmp_path / "batch.npz")), data.load(str(tmp_path / "folder"))
+    assert np.array_equal(batch.images, folder.images)
+    assert (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_classes_are_fixed_or_uniform(call, tmp_path):
+    config = networks.Config(img_resolution=8, img_channels=1, label_dim=10, model_channels=32, channel_mult=(1,), num_blocks=1, attn_resolutions=())
+    networks.save_network(tmp_path / "n.pt", networks.Denoiser(config), role="generator", t_init=2.5)
+    call(sample, "--network", tmp_path / "n.pt", "--n", "300", "--out", tmp_path / "any.npz")
+    counts = np.bincount(np.load(tmp_path / "any.npz")["arr_1"], minlength=10)
+    assert counts.min() > 10 and len(counts) == 10
+    call(sample, "--network", tmp_path / "n.pt", "--n", "5", "--class", "7", "--out", tmp_path / "seven.npz")
+    assert np.load(tmp_path / "seven.npz")["arr_1"].tolist() == [7] * 5
+
+
+def test_latents_are_written_where_diffusers_is_missing(call, refused, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    config = networks.Config("edm2", 16, 4, 10, 64, (1, 2), 1, (8,))
+    networks.save_network(tmp_path / "n.pt", networks.Denoiser(config), role="generator", t_init=2.5)
+    call(sample, "--network", tmp_path / "n.pt", "--n", "2", "--out", tmp_path / "latents.npz")
+    assert "pip install diffusers" in capsys.readouterr().out
+    assert np.load(tmp_path / "latents.npz")["latents"].shape == (2, 4, 16, 16)
+    assert "pip install diffusers" in refused(sample, "--network", tmp_path / "n.pt", "--out", tmp_path / "x.png")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Bad input: one clear line, exit code 2, nothing lost.
+
+
+def test_stage_2_without_stage_1_says_what_to_run(refused, tmp_path):
+    assert "python pretrain.py --preset digits" in refused(train_diffratio, "--init", tmp_path / "none.pt", "--outdir", tmp_path)
+
+
+def test_wrong_kinds_of_checkpoint(call, refused, stage1, tmp_path):
+    call(train_diffratio, *SHORT, "--init", stage1 / "network.pt", "--outdir", tmp_path)
+    assert "training state of stage 1" in refused(train_diffratio, "--init", stage1 / "checkpoint.pt", "--outdir", tmp_path / "x")
+    assert "holds a generator" in refused(train_diffratio, "--init", tmp_path / "network.pt", "--outdir", tmp_path / "x")
+    assert "ratio network" in refused(sample, "--network", tmp_path / "ratio.pt", "--out", tmp_path / "x.png")
+    assert "training state of stage 1" in refused(train_diffratio, *SHORT, "--init", stage1 / "network.pt", "--outdir", stage1)
+
+
+def test_other_settings_do_not_overwrite_a_run(call, refused, stage1, tmp_path):
+    args = [*SHORT, "--init", stage1 / "network.pt", "--outdir", tmp_path]
+    call(train_diffratio, *args)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    assert "--lr 0.0001" in refused(train_diffratio, *args, "--lr", "0.5")
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_divergence_of_the_loss_leaves_the_last_checkpoint(call, refused, tmp_path):
+    args = [*SHORT, "--outdir", tmp_path, "--lr", "1e30", "--lr-rampup-kimg", "0"]
+    call(pretrain, *args, "--kimg", "0.032")
+    saved = (tmp_path / "checkpoint.pt").read_bytes()
+    assert "diverged" in refused(pretrain, *args)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == saved
+
+
+def test_data_that_does_not_fit(refused, stage1, tmp_path):
+    np.savez(tmp_path / "big.npz", images=np.zeros((4, 16, 16, 1), np.uint8))
+    np.savez(tmp_path / "odd.npz", images=np.zeros((4, 9, 9, 1), np.uint8))
+    out = ["--outdir", tmp_path / "x"]
+    assert "8x8" in refused(train_diffratio, "--init", stage1 / "network.pt", "--data", tmp_path / "big.npz", *out)
+    assert "cannot be halved" in refused(pretrain, "--data", tmp_path / "odd.npz", *out)
+    assert "no labels" in refused(pretrain, "--data", tmp_path / "big.npz", "--cond", *out)
+    assert "no such file" in refused(pretrain, "--data", tmp_path / "none", *out)
+    assert not (tmp_path / "x").exists()
+
+
+def test_batches_that_do_not_divide(refused, tmp_path):
+    assert "--micro-batch" in refused(pretrain, "--batch", "10", "--micro-batch", "3", "--outdir", tmp_path)
+
+
+@pytest.mark.parametrize("flags", [["--kimg", "-1"], ["--batch", "0"], ["--lr", "nan"], ["--preset", "imagenet"]])
+def test_nonsense_flags_are_refused(call, tmp_path, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(pretrain, *flags, "--outdir", tmp_path)
+    assert stop.value.code == 2 and flags[0] in capsys.readouterr().err
