@@ -430,7 +430,8 @@ def measure(extractor, batches, rt, name="", content="", score=None):
             score.add(logits)
     n, mu, sigma = moments.result(rt)
     if not np.isfinite(sigma).all():
-        raise UserError(f"{name or 'samples'}: NaN or infinity in the features; are the weights of {extractor.name} damaged?")
+        raise UserError(f"{name or 'samples'}: NaN or infinity in the features; are the weights of {extractor.name} "
+                        "damaged?")
     return Statistics(mu, sigma, extractor.tag, n, name, content)
 
 
@@ -516,9 +517,16 @@ def frechet_distance(a, b):
     either may be singular, as with fewer images than features.
     """
     a.check(b.features, len(b.mu), b.name or "the other side")
-    product = _root(a).T @ _root(b)  # [rank_a, rank_b]
-    product = product if product.shape[0] <= product.shape[1] else product.T  # the smaller side: fewer zeros to round
-    trace = torch.linalg.eigvalsh(product @ product.T).clamp(min=0).sqrt().sum().item()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more of them gain little here, and on a busy machine they wait for each other
+    try:
+        # Any root of S_b does. Cholesky's is the cheapest, and it fails where S_b is singular.
+        lower, failed = torch.linalg.cholesky_ex(torch.from_numpy(b.sigma))
+        product = _root(a).T @ (_root(b) if failed else lower)  # [rank_a, rank_b]
+        product = product if product.shape[0] <= product.shape[1] else product.T  # the side with fewer zeros to round
+        trace = torch.linalg.eigvalsh(product @ product.T).clamp(min=0).sqrt().sum().item()
+    finally:
+        torch.set_num_threads(threads)
     distance = float(((a.mu - b.mu) ** 2).sum() + a.sigma.trace() + b.sigma.trace() - 2 * trace)
     return max(distance, 0.0)  # rounding can put equal sets at -1e-13
 
@@ -549,8 +557,8 @@ def arguments():
     add("reference", metavar="REFERENCE", help="the same; in published tables the training set")
     add("--features", metavar="PATH", help="network of stage 1 whose features to use; default: Inception")
     add("--inception", metavar="PATH", help="Inception weights; default: torch's hub cache, filled by a download")
-    add("--num", type=positive(int), metavar="N", help="N random images of each side that has more; default: all")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the choice that --num makes; default: 0")
+    add("--count", type=positive(int), metavar="N", help="N random images of each side that has more; default: all")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the choice that --count makes; default: 0")
     add("--batch", type=positive(int), default=64, metavar="N",
         help="images at once on each rank, for memory and speed only; default: 64")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto, CUDA where there is any")
@@ -587,8 +595,8 @@ def main():
     if len(datasets) == 2 and samples.resolution != reference.resolution:
         sizes = [f"{dataset.name} has {dataset.resolution}x{dataset.resolution}" for dataset in datasets]
         raise UserError(f"images of different sizes: {sizes[0]}, {sizes[1]}; bring them to one size")
-    if args.num == 1:
-        raise UserError("--num 1: a covariance needs at least 2 images")
+    if args.count == 1:
+        raise UserError("--count 1: a covariance needs at least 2 images")
     extractor = load_extractor(rt, args.features, args.inception) if datasets else None  # two files need no network
     for side in sides:
         if side in datasets:
@@ -597,10 +605,10 @@ def main():
             side.check(extractor.tag, extractor.dim, extractor.name)
 
     def chosen(dataset, side):
-        if args.num is None or args.num >= len(dataset):
+        if args.count is None or args.count >= len(dataset):
             return None
         order = torch.randperm(len(dataset), generator=runtime.generator("cpu", args.seed, side))
-        return np.sort(order[:args.num].numpy())
+        return np.sort(order[:args.count].numpy())
 
     a, score, b = samples, None, reference
     if samples in datasets:

@@ -36,7 +36,7 @@ _CIFAR10 = dict(  # EDM, Table 7. EDM also augments (its Section 5), which is no
 PRESETS = {
     # Ours, tuned for a good result within minutes (digits) and hours (fashion-mnist) of a laptop CPU.
     "digits": dict(
-        COMMON, data="digits", network="digits", outdir="runs/digits/pretrain", kimg=160.0, batch=128,
+        COMMON, data="digits", network="digits", outdir="runs/digits/pretrain", kimg=200.0, batch=128,
         lr=1e-3, lr_rampup_kimg=5.0, ema_halflife_kimg=20.0, log_kimg=8.0, grid_kimg=40.0, save_kimg=40.0,
     ),
     "fashion-mnist": dict(
@@ -142,6 +142,7 @@ def main():
         ema.load_state_dict(run.state["ema"])
         optimizer.load_state_dict(run.state["optimizer"])
         scaler.load_state_dict(run.state["scaler"])
+    run.state = None  # frees its memory
     if args.compile:
         net.compile()
     networks.normalize_weights(net)
@@ -160,7 +161,7 @@ def main():
         draw = runtime.Draw(rt, args.batch, args.seed, run.nimg, "pretrain")
         flip = draw.coin() if args.xflip else None
         x = dataset.to_model(raw, rt.device, flip, draw.normal(*latent_shape) if dataset.is_latent else None)
-        labels = labels.to(rt.device) if config.label_dim else None
+        labels = labels.to(rt.device, non_blocking=True) if config.label_dim else None
         sigma = (draw.normal() * args.p_std + args.p_mean).exp()
         eps = draw.normal(*x.shape[1:])
 

@@ -130,7 +130,7 @@ def latent_decoder(device, vae):
     except ImportError:
         return None
     try:
-        model = AutoencoderKL.from_pretrained(vae).to(device).eval()
+        model = AutoencoderKL.from_pretrained(vae, use_safetensors=True).to(device).eval()
     except Exception as error:  # the hub's client raises many kinds
         raise UserError(f"cannot load the decoder {vae}: {error}; download it and give its folder with --vae") from None
 

@@ -186,9 +186,13 @@ def main():
     parts = dict(generator=generator, ratio=ratio, ema=ema, generator_opt=generator_opt, ratio_opt=ratio_opt,
                  generator_scaler=generator_scaler, ratio_scaler=ratio_scaler)  # fmt: skip
     run = runtime.Run(args, rt, "stage 2")
+    best_fid = None
     if run.state:
+        best_fid = run.state["best_fid"]
         for name, part in parts.items():
             part.load_state_dict(run.state[name])
+    del init
+    run.state = None  # frees its memory
     if args.compile:
         generator.compile()
         ratio.compile()
@@ -198,7 +202,6 @@ def main():
         f"{rt.world_size} x {rt.device.type}, {rt.precision}, batch {args.batch} = {rt.world_size} x {micro_batches} x {micro_batch}"
     )
     measure_fid = fid_measurement(args, dataset, rt) if args.fid_every else None
-    best_fid = run.state["best_fid"] if run.state else None
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
     parts_of_batch = [slice(i * micro_batch, (i + 1) * micro_batch) for i in range(micro_batches)]
     # One forward of the generator serves both steps if the batch is in one piece: its graph then waits in memory.
@@ -217,7 +220,7 @@ def main():
             draw = runtime.Draw(rt, args.batch, args.seed, run.nimg, step, "stage 2")
             flip = draw.coin() if args.xflip else None
             real = dataset.to_model(raw, rt.device, flip, draw.normal(*shape) if dataset.is_latent else None)
-            labels = labels.to(rt.device) if config.label_dim else None
+            labels = labels.to(rt.device, non_blocking=True) if config.label_dim else None
             z, sigma = draw.normal(*shape), (draw.normal() * args.p_std + args.p_mean).exp()
             eps_real, eps_fake = draw.normal(*shape), draw.normal(*shape)
             keep_graph = shared and step == args.ratio_steps - 1

@@ -229,7 +229,10 @@ def test_features_and_logits_equal_another_implementation(inception):
     ], dtype=torch.float64)  # fmt: skip
     features, logits = inception(pictures(3))
     assert features.shape == (3, 2048) and logits.shape == (3, 1008) and features.dtype == torch.float32
-    found = [x.double() @ torch.outer(torch.arange(x.shape[1]), torch.arange(1, 4)).double().cos() for x in (features, logits)]
+    found = []
+    for x in (features, logits):
+        waves = torch.outer(torch.arange(x.shape[1]), torch.arange(1, 4)).double().cos()
+        found.append(x.double() @ waves)
     torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=1e-3)
 
 
@@ -308,6 +311,9 @@ def test_published_statistics_go_with_inception_only(tmp_path):
     read.check(fid.INCEPTION_TAG, 2048, "Inception")
     with pytest.raises(UserError, match="one network"):
         read.check("network sha256:0123", 2048, "network.pt")
+    read.features = fid.INCEPTION_TAG  # a file that does say
+    with pytest.raises(UserError, match="one network"):
+        read.check("inception sha256:0123", 2048, "Inception with other weights")
     with pytest.raises(UserError, match="does not say which features"):
         fid.Statistics.load(npz(tmp_path / "small.npz", mu=np.zeros(64), sigma=np.eye(64)))
 
@@ -383,7 +389,8 @@ runtime.run(lambda: None)
 """)
     found = []
     for launch in (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []):
-        subprocess.run([sys.executable, *launch, "ranks.py"], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+        call = [sys.executable, *launch, "ranks.py"]
+        subprocess.run(call, cwd=tmp_path, check=True, capture_output=True, timeout=120)
         found.append((fid.Statistics.load(tmp_path / "stats.npz"), np.load(tmp_path / "score.npy")))
     (two, two_score), (one, one_score) = found
     assert two.n == one.n == 101
@@ -442,7 +449,8 @@ def test_command_with_network_features(command, network, tmp_path):
     images = npz(tmp_path / "images.npz", arr_0=pictures(60, 8, 1))
     code, out, err = command(images, images, "--features", network)
     assert code == 0 and err == "" and "60 images" in out and "IS" not in out
-    code, out, _ = command(images, images, "--features", network, "--num", 40, "--json")
+    assert not (tmp_path / "cache").exists()  # a set against itself is measured once, not also as a reference
+    code, out, _ = command(images, images, "--features", network, "--count", 40, "--json")
     result = json.loads(out)
     assert result["n_samples"] == result["n_reference"] == 40 and result["fid"] > 1e-6 and result["is_mean"] is None
 
@@ -452,7 +460,7 @@ def test_command_with_network_features(command, network, tmp_path):
 
 
 @pytest.mark.parametrize("samples, message", [
-    (dict(arr_0=pictures(1, 8, 1)), "at least 2"),
+    (dict(arr_0=pictures(1, 8, 1)), "samples.npz: has 1 image; a covariance needs at least 2"),
     (dict(arr_0=pictures(0, 8, 1)), "no images"),
     (dict(arr_0=pictures(4, 8, 3)), r"\[8, 8, 3\], but .* is for \[8, 8, 1\]"),
     (dict(arr_0=pictures(4, 16, 1)), "different sizes: .*16x16, digits has 8x8"),
