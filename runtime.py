@@ -48,7 +48,7 @@ def run(main):
     except OSError as error:  # a full disk, a path without permission: the system's own words are clear
         _stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
-        print("\nstopped; run the same command again to continue from the last checkpoint", file=sys.stderr)
+        print("\nstopped; a training run continues from its last checkpoint with the same command", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
