@@ -103,6 +103,46 @@ def test_stage_2_brings_samples_closer_to_the_data(call, stage1, tmp_path):
     assert distance(networks.load_network(tmp_path / "network.pt")) < 0.67 * distance(before)
 
 
+def test_two_iterations_written_out_by_hand(call, stage1, tmp_path):
+    """The script's loop equals the method in its plainest form: no shared forward, gradients asked for one network at a time."""
+    call(train_diffratio, *SHORT, "--kimg", "0.064", "--lr", "1e-3", "--lr-decay-kimg", "0", "--init", stage1 / "network.pt", "--outdir", tmp_path)
+
+    digits, rt, seed = data.load("digits"), runtime.start("cpu"), 0
+    generator = networks.load_network(stage1 / "network.pt")
+    ratio = networks.RatioNetwork(generator.config)
+    ratio.load_encoder(generator)
+    steps = [torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.0, 0.999)) for net in (ratio, generator)]
+
+    def follow(optimizer, loss):
+        parameters = optimizer.param_groups[0]["params"]
+        for p, g in zip(parameters, torch.autograd.grad(loss, parameters)):
+            p.grad = g
+        optimizer.step()
+
+    batches = data.Batches(digits, 32, seed)
+    for nimg in (0, 32):
+        real = digits.to_model(next(batches)[0], "cpu")
+        draw = runtime.Draw(rt, 32, seed, nimg, 0, "stage 2")
+        z, sigma = draw.normal(1, 8, 8), (1.2 * draw.normal() - 1.2).exp()
+        eps_real, eps_fake = draw.normal(1, 8, 8), draw.normal(1, 8, 8)
+
+        def noised(x, sigma, eps):
+            return x + sigma.view(-1, 1, 1, 1) * eps
+
+        fake = generator(2.5 * z, torch.full((32,), 2.5)).detach()
+        right = ratio(noised(real, sigma, eps_real), sigma).sigmoid().log()  # log probability of "data"
+        wrong = (1 - ratio(noised(fake, sigma, eps_fake), sigma).sigmoid()).log()
+        follow(steps[0], -(right + wrong).mean())
+
+        sigma, eps = (1.2 * draw.normal() - 1.2).exp(), draw.normal(1, 8, 8)
+        h = ratio(noised(generator(2.5 * z, torch.full((32,), 2.5)), sigma, eps), sigma)
+        follow(steps[1], -0.5 * (1 + h.exp()).log().mean())  # Jensen-Shannon
+
+    saved = runtime.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert same(saved["ratio"], ratio.state_dict(), atol=1e-4) and same(saved["generator"], generator.state_dict(), atol=1e-4)
+    assert not same(weights(stage1 / "network.pt"), generator.state_dict(), atol=1e-3)  # they moved much further than that
+
+
 @pytest.mark.parametrize("divergence", list(train_diffratio.DIVERGENCES))
 def test_every_divergence_trains_and_logs_the_noise_bands(call, stage1, tmp_path, divergence):
     call(train_diffratio, *SHORT, "--init", stage1 / "network.pt", "--outdir", tmp_path, "--divergence", divergence, "--log-kimg", "0.128")
@@ -158,6 +198,14 @@ def test_an_interrupted_run_continues_exactly(call, stage1, tmp_path, stage):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
     compare(whole, parts)
+
+
+def test_log_forgets_what_came_after_the_checkpoint(tmp_path):
+    log = runtime.Log(tmp_path / "log.jsonl")
+    for nimg in (100, 200, 300):
+        log.write({"nimg": nimg})
+    runtime.Log(tmp_path / "log.jsonl", resume_at=200)
+    assert [json.loads(line)["nimg"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [100, 200]
 
 
 @pytest.mark.parametrize("stage", [0, 1])
