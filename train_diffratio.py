@@ -41,7 +41,7 @@ COMMON = dict(
 # The paper gives t_init, beta1 = 0 and the divergences. All else in the presets is our choice:
 # - noise levels: the distribution of stage 1, whose network knows these levels best;
 # - learning rates 1 : 10 (generator : ratio network), which did best on the digits: the ratio has to keep up;
-# - on the digits both fall to zero over the run, which halves what remains of the distance;
+# - on the digits both fall to zero over the run, which brings the samples a little closer;
 # - for the large systems, rates of the size that teacher-supervised methods use from the same checkpoints, and
 #   batches as large as theirs. They have not been run at full length.
 _CIFAR10 = dict(
@@ -66,7 +66,7 @@ PRESETS = {
     # EDM2's weights have unit norm per output, far above EDM's: the rates are relative to that.
     "imagenet512": dict(
         COMMON, data="img512-sd.zip", init="edm2-img512-s-2147483-0.130.pkl", outdir="runs/imagenet512/dijs",
-        kimg=200_000.0, batch=2048, lr=1e-4, ratio_lr=1e-3, beta2=0.99, p_mean=-0.4, p_std=1.0, ema_halflife_kimg=2000.0,
+        kimg=200_000.0, batch=2048, lr=5e-5, ratio_lr=5e-4, beta2=0.99, p_mean=-0.4, p_std=1.0, ema_halflife_kimg=2000.0,
     ),
 }  # fmt: skip
 
