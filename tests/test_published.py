@@ -4,16 +4,20 @@ The pickles here have the published structure, written through stand-in modules 
 """
 
 import collections
+import dataclasses
 import io
 import os
 import pickle
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
 import networks
+import sample
+import train_diffratio
 from networks import Denoiser, load_network
 from runtime import UserError
 from test_networks import randomise, small
@@ -131,6 +135,24 @@ def test_half_precision_weights_become_float32(published):
     loaded = load_network(published(net, "Precond", kwargs))
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert torch.equal(loaded.state_dict()["unet.out_conv.weight"], net.unet.out_conv.weight.float())
+
+
+def test_scripts_start_from_a_published_checkpoint(published, monkeypatch, tmp_path):
+    """`sample.py --network X.pkl` samples with Heun's method; `train_diffratio.py --init X.pkl` trains a generator from it."""
+    net = randomise(Denoiser(small("ddpmpp")))
+    kwargs = dict(KWARGS["ddpmpp"], img_resolution=16, img_channels=3, model_channels=32, channel_mult=[1, 2], num_blocks=1,
+                  attn_resolutions=[8])  # fmt: skip
+    path = published(net, "EDMPrecond", kwargs)
+    np.savez(tmp_path / "data.npz", images=np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8))
+    for script, args in (
+        (sample, ["--network", path, "--n", 2, "--steps", 3, "--out", tmp_path / "grid.png"]),
+        (train_diffratio, ["--init", path, "--data", tmp_path / "data.npz", "--batch", 2, "--kimg", 0.004, "--outdir", tmp_path / "run"]),
+    ):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, args), "--device", "cpu"])
+        script.main()
+    assert (tmp_path / "grid.png").exists()
+    generator = load_network(tmp_path / "run" / "network.pt", role="generator")
+    assert generator.config == dataclasses.replace(net.config, dropout=0.0)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
