@@ -6,7 +6,7 @@ stage 2), `checkpoint.pt` (all that a continuation needs), `log.jsonl` and sampl
 continues the run.
 
     python pretrain.py                                    the embedded digits, minutes on a laptop CPU
-    python pretrain.py --preset fashion-mnist             a night on a laptop CPU
+    python pretrain.py --preset fashion-mnist             hours on a laptop CPU
     torchrun --nproc-per-node 8 pretrain.py --preset cifar10
 """
 
