@@ -97,11 +97,6 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def barrier(self):
-        """Wait until every rank is here."""
-        if self.world_size > 1:
-            dist.barrier()
-
     def first(self, make):
         """Value of `make()` from the first rank, given to all; an error there stops all of them."""
         if self.world_size == 1:
@@ -117,7 +112,6 @@ class Runtime:
         if error is not None:
             raise UserError(error)
         return value
-
 
     def main_first(self, make):
         """`make()` on every rank, the first one ahead of the others: it fills the caches that they then find."""
@@ -383,9 +377,10 @@ class Log:
     def __init__(self, path, resume_at=0):
         self.path = Path(path)
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if line and json.loads(line)["nimg"] <= resume_at]
+            # A line that a killed run left half-written is later than its last checkpoint: only whole lines are read.
+            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             with atomic(self.path) as part:
-                part.write_text("".join(line + "\n" for line in kept))
+                part.write_text("".join(line for line in whole if json.loads(line)["nimg"] <= resume_at))
 
     def write(self, record):
         with open(self.path, "a") as file:
@@ -407,7 +402,7 @@ class Progress:
     """Status text with images/s and the time left. Counts only what this process did."""
 
     def __init__(self, nimg, total_nimg):
-        self.start_nimg = self.last_nimg = nimg
+        self.last_nimg = nimg
         self.total_nimg = total_nimg
         self.last_time = time.monotonic()
 
@@ -425,7 +420,10 @@ class Progress:
 # What the two training scripts have in common around their loops.
 
 # Flags that may change between one part of a run and its continuation: they do not decide what is computed.
-FREE_FLAGS = {"preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg", "save_kimg", "fid_every", "fid_images", "fid_reference", "fid_features", "inception"}
+FREE_FLAGS = {
+    "preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg", "save_kimg",
+    "fid_every", "fid_images", "fid_reference", "fid_features", "inception",
+}  # fmt: skip
 
 
 def parse_args(parser, presets):

@@ -288,7 +288,7 @@ def fid_measurement(args, dataset, rt):
         decode = sample.latent_decoder(rt.device, sample.VAE)
         if decode is None:
             raise UserError(f"--fid-every: {sample.NO_DIFFUSERS}")
-    reference = fid.open_side(args.fid_reference) if args.fid_reference else dataset
+    reference = rt.main_first(lambda: fid.open_side(args.fid_reference)) if args.fid_reference else dataset
     if isinstance(reference, data.Dataset):
         reference = fid.reference_statistics(extractor, reference, rt)
     reference.check(extractor.tag, extractor.dim, extractor.name)

@@ -205,6 +205,8 @@ def test_log_forgets_what_came_after_the_checkpoint(tmp_path):
     log = runtime.Log(tmp_path / "log.jsonl")
     for nimg in (100, 200, 300):
         log.write({"nimg": nimg})
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"nimg": 4')  # the process was killed while it wrote
     runtime.Log(tmp_path / "log.jsonl", resume_at=200)
     assert [json.loads(line)["nimg"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [100, 200]
 
