@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from runtime import NUMPY_STAND_INS, PickledArray, UserError, atomic, cache_dir, download, generator, read_pickle
+from files import NUMPY_STAND_INS, PickledArray, UserError, atomic, cache_dir, download, read_pickle
+from runtime import rng
 
 DIGITS = Path(__file__).parent / "assets" / "digits.npz"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
@@ -186,8 +187,8 @@ class Batches:
 
     def _permutation(self, epoch):
         if epoch != self.epoch:
-            rng = generator("cpu", self.seed, "data", epoch)
-            self.epoch, self.permutation = epoch, torch.randperm(len(self.dataset), generator=rng).numpy()
+            order = torch.randperm(len(self.dataset), generator=rng("cpu", self.seed, "data", epoch))
+            self.epoch, self.permutation = epoch, order.numpy()
         return self.permutation
 
 
@@ -202,7 +203,7 @@ def load(spec, cache=None):
         of images (optional `dataset.json` with labels) or of EDM2 latents (`.npy`), or of a `.npz` with uint8 images
         (`images` or `arr_0`) and optional labels (`labels` or `arr_1`). IDX and CIFAR-10 give the training set;
         `:test` at the end of `spec` asks for the test set.
-    cache: folder for what is downloaded or converted; the default is `runtime.cache_dir()`.
+    cache: folder for what is downloaded or converted; the default is `files.cache_dir()`.
     """
     name, cache = str(spec), Path(cache) if cache else cache_dir()
     test = name.endswith(":test")

@@ -26,10 +26,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import checkpoints
 import data
-import networks
+import files
 import runtime
-from runtime import UserError, positive
+from files import UserError
+from runtime import positive
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
@@ -186,7 +188,7 @@ def fold(state):
 
 def load_inception(path):
     """`Inception` with the weights of the file at `path`, in eval mode on the CPU."""
-    state = runtime.load_plain(path, "a file of Inception weights")
+    state = files.load_plain(path, "a file of Inception weights")
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
         net = Inception()
     for name, shape in file_shapes(net).items():
@@ -254,8 +256,8 @@ def inception(rt, path=None):
     if not path.exists():
         if given:
             raise UserError(f"{path}: no such file; without --inception the weights are downloaded")
-        runtime.download(INCEPTION_URL, path, "sha256", INCEPTION_HASH)
-    found, tag = runtime.file_hash(path), INCEPTION_TAG
+        files.download(INCEPTION_URL, path, "sha256", INCEPTION_HASH)
+    found, tag = files.file_hash(path), INCEPTION_TAG
     if not found.startswith(INCEPTION_HASH):
         if not given:
             raise UserError(f"{path}: its SHA-256 begins with {found[:8]}, expected {INCEPTION_HASH}; "
@@ -278,7 +280,7 @@ def network_features(rt, path):
 
     The images stay clean, the network is told sigma = 0.2; so the features are deterministic.
     """
-    net = networks.load_network(path, role="denoiser").requires_grad_(False)
+    net = checkpoints.load_network(path, role="denoiser").requires_grad_(False)
     net = net.to(rt.device, memory_format=torch.channels_last)
     shape = (net.config.img_resolution, net.config.img_resolution, net.config.img_channels)
 
@@ -289,7 +291,7 @@ def network_features(rt, path):
 
     with torch.no_grad():
         dim = function(torch.zeros((1, *shape), dtype=torch.uint8, device=rt.device))[0].shape[1]
-    return Extractor(str(path), f"network sha256:{runtime.file_hash(path)[:16]}", dim, shape, rt.device, function)
+    return Extractor(str(path), f"network sha256:{files.file_hash(path)[:16]}", dim, shape, rt.device, function)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -326,7 +328,7 @@ class Statistics:
     def save(self, path):
         """Write a `.npz` that `load` reads, atomically."""
         about = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        with runtime.atomic(path) as part, open(part, "wb") as file:
+        with files.atomic(path) as part, open(part, "wb") as file:
             np.savez(file, **about)
 
     @classmethod
@@ -468,7 +470,7 @@ def reference_statistics(extractor, dataset, rt, batch=64):
     check_images(extractor, dataset)
     # The 1 is the version of this file's features: whoever changes them changes it.
     key = hashlib.sha256(f"1 {dataset.fingerprint()} {extractor.tag}".encode()).hexdigest()[:32]
-    path = runtime.cache_dir() / "stats" / f"{key}.npz"
+    path = files.cache_dir() / "stats" / f"{key}.npz"
 
     def cached():
         try:
@@ -501,7 +503,7 @@ def check_images(extractor, dataset):
 
 def split_half(n, seed=0):
     """Two disjoint random halves of range(n), each n // 2 sorted indices: the distance of data from itself."""
-    order = torch.randperm(n, generator=runtime.generator("cpu", seed, "halves")).numpy()
+    order = torch.randperm(n, generator=runtime.rng("cpu", seed, "halves")).numpy()
     return np.sort(order[:n // 2]), np.sort(order[n // 2:n // 2 * 2])
 
 
@@ -607,7 +609,7 @@ def main():
     def chosen(dataset, side):
         if args.count is None or args.count >= len(dataset):
             return None
-        order = torch.randperm(len(dataset), generator=runtime.generator("cpu", args.seed, side))
+        order = torch.randperm(len(dataset), generator=runtime.rng("cpu", args.seed, side))
         return np.sort(order[:args.count].numpy())
 
     a, score, b = samples, None, reference

@@ -16,11 +16,13 @@ import dataclasses
 
 import torch
 
+import checkpoints
 import data
 import networks
 import runtime
 import sample
-from runtime import HelpFormatter, UserError, positive
+from files import UserError
+from runtime import HelpFormatter, positive
 
 # ---------------------------------------------------------------------------------------------------------
 # Settings. The defaults of each preset; every flag overrides.
@@ -192,7 +194,7 @@ def main():
         if run.due(args.save_kimg):
             run.save(net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
             if rt.is_main:
-                networks.save_network(run.dir / "network.pt", ema, role="denoiser", nimg=run.nimg, data=dataset.name)
+                checkpoints.save_network(run.dir / "network.pt", ema, role="denoiser", nimg=run.nimg, data=dataset.name)
     rt.print(f"stage 1 is done: {run.dir / 'network.pt'}")
 
 

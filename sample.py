@@ -17,10 +17,10 @@ import math
 import numpy as np
 import torch
 
+import checkpoints
 import data
-import networks
 import runtime
-from runtime import UserError
+from files import UserError
 
 
 def sigma_steps(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -72,15 +72,15 @@ def inputs(config, indices, seed, device, label=None, candidate=0):
     same image (and class).
     """
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
-    z = torch.stack([torch.randn(shape, generator=runtime.generator("cpu", seed, i, candidate, "z")) for i in indices])
+    z = torch.stack([torch.randn(shape, generator=runtime.rng("cpu", seed, i, candidate, "z")) for i in indices])
     if not config.label_dim:
         return z.to(device), None
-    labels = [runtime.generator("cpu", seed, i, "class") if label is None else label for i in indices]
+    labels = [runtime.rng("cpu", seed, i, "class") if label is None else label for i in indices]
     labels = [torch.randint(config.label_dim, [], generator=y).item() if label is None else y for y in labels]
     return z.to(device), torch.tensor(labels, device=device)
 
 
-def draw(net, indices, seed, device, batch, label=None, steps=18):
+def in_batches(net, indices, seed, device, batch, label=None, steps=18):
     """Iterator over (images [n, C, H, W], labels [n] or None) of the samples with these indices, `batch` at a time."""
     for i in range(0, len(indices), batch):
         z, labels = inputs(net.config, indices[i : i + batch], seed, device, label)
@@ -88,7 +88,7 @@ def draw(net, indices, seed, device, batch, label=None, steps=18):
 
 
 @torch.no_grad()
-def resample(net, ratio, indices, seed, device, candidates, sigma, label=None, best=False):
+def choose(net, ratio, indices, seed, device, candidates, sigma, label=None, best=False):
     """Inference-time scaling: per image draw several candidates in parallel, keep one by the ratio (arXiv 2502.08005, v5).
 
     Candidate k is kept with probability proportional to exp(h_k), the estimated ratio of data to generator density at
@@ -106,7 +106,7 @@ def resample(net, ratio, indices, seed, device, candidates, sigma, label=None, b
     if best:
         chosen = h.argmax(dim=1)
     else:
-        chosen = torch.cat([w.cpu().multinomial(1, generator=runtime.generator("cpu", seed, i, "choice"))
+        chosen = torch.cat([w.cpu().multinomial(1, generator=runtime.rng("cpu", seed, i, "choice"))
                             for i, w in zip(indices, weights)]).to(device)  # fmt: skip
     images = torch.stack(images, dim=1)[torch.arange(len(h), device=device), chosen]
     return images, labels, 1 / weights.square().sum(dim=1)
@@ -165,7 +165,7 @@ def arguments():
 def main():
     args = arguments()
     rt = runtime.start(args.device, args.precision)
-    net = networks.load_network(args.network)
+    net = checkpoints.load_network(args.network)
     role, config = net.about["role"], net.config
     if role == "ratio":
         raise UserError(f"{args.network} is a ratio network and makes no images; give the network.pt beside it")
@@ -175,7 +175,7 @@ def main():
     if (args.candidates > 1) != bool(args.ratio):
         raise UserError("--candidates and --ratio go together: give the ratio.pt of the generator's folder and K > 1")
     net.to(rt.device, memory_format=torch.channels_last)
-    ratio = networks.load_network(args.ratio, role="ratio").to(rt.device) if args.ratio else None
+    ratio = checkpoints.load_network(args.ratio, role="ratio").to(rt.device) if args.ratio else None
     if ratio and dataclasses.replace(ratio.config, dropout=0.0) != dataclasses.replace(config, dropout=0.0):
         raise UserError(f"{args.ratio} was not trained with {args.network}; give the ratio.pt beside it")
     print(f"{args.network}: {'one step' if role == 'generator' else f'Heun, {args.steps} steps'}, {args.n} images")
@@ -196,13 +196,13 @@ def main():
     def chosen_by_ratio():
         for i in range(0, args.n, args.batch):
             indices = range(i, min(i + args.batch, args.n))
-            x, labels, size = resample(
+            x, labels, size = choose(
                 net, ratio, indices, args.seed, rt.device, args.candidates, args.ratio_sigma, args.label, args.best
             )
             sizes.extend(size.tolist())
             yield x, labels
 
-    plain = draw(net, range(args.n), args.seed, rt.device, args.batch, args.label, args.steps)
+    plain = in_batches(net, range(args.n), args.seed, rt.device, args.batch, args.label, args.steps)
     batches = ((decode(x), labels if labels is None else labels.tolist()) for x, labels in (chosen_by_ratio() if ratio else plain))
     with rt.autocast():
         if args.out.endswith(".png"):

@@ -23,13 +23,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import checkpoints
 import data
 import fid
 import networks
 import pretrain
 import runtime
 import sample
-from runtime import HelpFormatter, UserError, positive
+from files import UserError
+from runtime import HelpFormatter, positive
 
 # ---------------------------------------------------------------------------------------------------------
 # Settings. The defaults of each preset; every flag overrides.
@@ -271,12 +273,12 @@ def main():
             run.note({"fid": value}, f"FID {value:.4g} of {args.fid_images} samples")
             if rt.is_main and (best_fid is None or value < best_fid):
                 best_fid = value
-                networks.save_network(run.dir / "network-best.pt", ema, role="generator", fid=value, **about)
+                checkpoints.save_network(run.dir / "network-best.pt", ema, role="generator", fid=value, **about)
         if run.due(args.save_kimg):
             run.save(best_fid=best_fid, **{name: part.state_dict() for name, part in parts.items()})
             if rt.is_main:
-                networks.save_network(run.dir / "network.pt", ema, role="generator", **about)
-                networks.save_network(run.dir / "ratio.pt", ratio, role="ratio", **about)
+                checkpoints.save_network(run.dir / "network.pt", ema, role="generator", **about)
+                checkpoints.save_network(run.dir / "ratio.pt", ratio, role="ratio", **about)
     rt.print(f"stage 2 is done: {run.dir / 'network.pt'}")
 
 
@@ -295,7 +297,7 @@ def fid_measurement(args, dataset, rt):
     mine = range(rt.rank, args.fid_images, rt.world_size)
 
     def measure(ema):
-        batches = (decode(x) for x, _ in sample.draw(ema, mine, args.seed, rt.device, batch=64))
+        batches = (decode(x) for x, _ in sample.in_batches(ema, mine, args.seed, rt.device, batch=64))
         return fid.frechet_distance(fid.measure(extractor, batches, rt, "samples"), reference)
 
     return measure
@@ -314,7 +316,7 @@ def load_init(args, dataset):
             f"stage 2 starts from stage 1, but {args.init} is missing; run `python pretrain.py --preset {args.preset}` first "
             f"and give --init {trained}" + (", or download the published checkpoint" if args.init.endswith(".pkl") else "")
         )
-    net = networks.load_network(args.init, role="denoiser")
+    net = checkpoints.load_network(args.init, role="denoiser")
     wanted, found = (net.config.img_resolution, net.config.img_channels), (dataset.resolution, dataset.channels)
     if wanted != found:
         raise UserError(

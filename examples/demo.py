@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import checkpoints  # noqa: E402
 import data  # noqa: E402
 import fid  # noqa: E402
-import networks  # noqa: E402
 import runtime  # noqa: E402
 import sample  # noqa: E402
 
@@ -47,10 +47,10 @@ def main():
     dataset = data.load("digits")
     extractor = fid.network_features(rt, args.pretrained)
 
-    heun = networks.load_network(args.pretrained, role="denoiser").to(rt.device)
-    before = networks.load_network(args.pretrained).to(rt.device)
+    heun = checkpoints.load_network(args.pretrained, role="denoiser").to(rt.device)
+    before = checkpoints.load_network(args.pretrained).to(rt.device)
     before.about = {"role": "generator", "t_init": 2.5}  # the generator as stage 2 starts: a copy at one noise level
-    after = networks.load_network(args.generator, role="generator").to(rt.device)
+    after = checkpoints.load_network(args.generator, role="generator").to(rt.device)
 
     half, whole = len(dataset) // 2, len(dataset)
     many = 4 * whole
@@ -58,7 +58,7 @@ def main():
     for name, net, count in (
         ("Heun, 18 steps", heun, whole), ("one step, before stage 2", before, many), ("one step, after stage 2", after, many)
     ):  # fmt: skip
-        parts = sample.draw(net, range(count), args.seed, rt.device, 256)
+        parts = sample.in_batches(net, range(count), args.seed, rt.device, 256)
         samples[name] = np.concatenate([data.to_uint8(x) for x, _ in parts])
 
     # Four panels of 8 x 8 images, with a column of white between them.

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import data
-from runtime import UserError
+from files import UserError
 
 
 @pytest.fixture

@@ -16,11 +16,13 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 
+import checkpoints
 import data
 import fid
+import files
 import networks
 import runtime
-from runtime import UserError
+from files import UserError
 
 ONE_RANK = runtime.Runtime(torch.device("cpu"))
 
@@ -65,7 +67,7 @@ def network(tmp_path_factory):
     path = tmp_path_factory.mktemp("network") / "network.pt"
     config = networks.Config(img_resolution=8, img_channels=1, model_channels=16, channel_mult=(1, 2), num_blocks=1,
                              attn_resolutions=())
-    networks.save_network(path, networks.Denoiser(config), role="denoiser")
+    checkpoints.save_network(path, networks.Denoiser(config), role="denoiser")
     return path
 
 

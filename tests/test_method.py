@@ -238,9 +238,9 @@ def test_resampling_by_the_exact_ratio_moves_the_generator_to_the_data():
         s2, x = sigma**2, x.flatten()
         return -((x - 0.5) ** 2) / (2 * (0.64 + s2)) - 0.5 * (0.64 + s2).log() + x**2 / (2 * (1 + s2)) + 0.5 * (1 + s2).log()
 
-    x, _, size = sample.resample(Generator(), exact_ratio, range(4000), 0, "cpu", candidates=8, sigma=0.05)
-    plain, _, _ = sample.resample(Generator(), exact_ratio, range(4000), 0, "cpu", candidates=1, sigma=0.05)
+    x, _, size = sample.choose(Generator(), exact_ratio, range(4000), 0, "cpu", candidates=8, sigma=0.05)
+    plain, _, _ = sample.choose(Generator(), exact_ratio, range(4000), 0, "cpu", candidates=1, sigma=0.05)
     assert abs(plain.mean()) < 0.05 and abs(x.mean() - 0.5) < 0.06 and abs(x.std() - 0.8) < 0.06
     assert 1 < size.mean() < 8
-    best, _, _ = sample.resample(Generator(), exact_ratio, range(4000), 0, "cpu", candidates=8, sigma=0.05, best=True)
+    best, _, _ = sample.choose(Generator(), exact_ratio, range(4000), 0, "cpu", candidates=8, sigma=0.05, best=True)
     assert best.std() < 0.5  # the mode-seeking limit collapses

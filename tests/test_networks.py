@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
+import checkpoints
 import networks
+from files import UserError
 from networks import NETWORKS, Config, Denoiser, RatioNetwork, parameter_count
-from runtime import UserError
 
 SMALL = dict(img_resolution=16, img_channels=3, model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,))
 ARCHITECTURES = ["ddpmpp", "ncsnpp", "adm", "edm2"]
@@ -185,22 +186,22 @@ def test_ema_fades_by_half_every_halflife():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_saved_network_comes_back_the_same(architecture, tmp_path):
     net = randomise(Denoiser(small(architecture, label_dim=5))).eval()
-    networks.save_network(tmp_path / "network.pt", net, role="generator", t_init=2.5)
-    back = networks.load_network(tmp_path / "network.pt", role="generator")
+    checkpoints.save_network(tmp_path / "network.pt", net, role="generator", t_init=2.5)
+    back = checkpoints.load_network(tmp_path / "network.pt", role="generator")
     assert back.config == net.config and back.about == {"role": "generator", "t_init": 2.5} and not back.training
     x, sigma, labels = torch.randn(2, 3, 16, 16), torch.ones(2), torch.tensor([0, 4])
     assert torch.equal(back(x, sigma, labels), net(x, sigma, labels))
     with pytest.raises(UserError, match="holds a generator, but a denoiser"):
-        networks.load_network(tmp_path / "network.pt", role="denoiser")
+        checkpoints.load_network(tmp_path / "network.pt", role="denoiser")
 
 
 def test_a_damaged_network_file_is_refused(tmp_path):
     path = tmp_path / "network.pt"
-    networks.save_network(path, Denoiser(small("ddpmpp")), role="denoiser")
+    checkpoints.save_network(path, Denoiser(small("ddpmpp")), role="denoiser")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="network.pt"):
-        networks.load_network(path)
+        checkpoints.load_network(path)
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,15 @@ import types
 import numpy as np
 import pytest
 import torch
+from test_networks import randomise, small
 
+import checkpoints
 import networks
 import sample
 import train_diffratio
-from networks import Denoiser, load_network
-from runtime import UserError
-from test_networks import randomise, small
+from checkpoints import load_network
+from files import UserError
+from networks import Denoiser
 
 # ---------------------------------------------------------------------------------------------------------
 # Writing what EDM's training writes.
@@ -246,6 +248,6 @@ def test_dotted_names_reach_nothing(tmp_path):
 def test_a_nested_storage_holds_data_only():
     buffer = io.BytesIO()
     torch.save(torch.arange(3.0).untyped_storage(), buffer)
-    assert networks._nested_storage(buffer.getvalue()).nbytes() == 12
+    assert checkpoints._nested_storage(buffer.getvalue()).nbytes() == 12
     with pytest.raises(UserError, match="refused"):
-        networks._nested_storage(b"junk")
+        checkpoints._nested_storage(b"junk")

@@ -15,8 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoints
 import data
 import fid
+import files
 import networks
 import pretrain
 import runtime
@@ -75,7 +77,7 @@ SHORT = ["--device", "cpu", "--kimg", "0.256", "--batch", "32", "--grid-kimg", "
 
 
 def weights(path):
-    return networks.load_network(path).state_dict()
+    return checkpoints.load_network(path).state_dict()
 
 
 def same(a, b, atol=0.0):
@@ -95,12 +97,12 @@ def test_stage_2_brings_samples_closer_to_the_data(call, stage1, tmp_path):
     reference, _ = fid.measure_dataset(extractor, digits, rt)
 
     def distance(net):
-        images = (data.to_uint8(x) for x, _ in sample.draw(net, range(512), 0, rt.device, 128))
+        images = (data.to_uint8(x) for x, _ in sample.in_batches(net, range(512), 0, rt.device, 128))
         return fid.frechet_distance(fid.measure(extractor, images, rt), reference)
 
-    before = networks.load_network(stage1 / "network.pt")
+    before = checkpoints.load_network(stage1 / "network.pt")
     before.about = {"role": "generator", "t_init": 2.5}
-    assert distance(networks.load_network(tmp_path / "network.pt")) < 0.67 * distance(before)
+    assert distance(checkpoints.load_network(tmp_path / "network.pt")) < 0.67 * distance(before)
 
 
 def test_two_iterations_written_out_by_hand(call, stage1, tmp_path):
@@ -109,7 +111,7 @@ def test_two_iterations_written_out_by_hand(call, stage1, tmp_path):
          "--init", stage1 / "network.pt", "--outdir", tmp_path)  # fmt: skip
 
     digits, rt, seed = data.load("digits"), runtime.start("cpu"), 0
-    generator = networks.load_network(stage1 / "network.pt")
+    generator = checkpoints.load_network(stage1 / "network.pt")
     ratio = networks.RatioNetwork(generator.config)
     ratio.load_encoder(generator)
     steps = [torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.0, 0.999)) for net in (ratio, generator)]
@@ -139,7 +141,7 @@ def test_two_iterations_written_out_by_hand(call, stage1, tmp_path):
         h = ratio(noised(generator(2.5 * z, torch.full((32,), 2.5)), sigma, eps), sigma)
         follow(steps[1], -0.5 * (1 + h.exp()).log().mean())  # Jensen-Shannon
 
-    saved = runtime.load_checkpoint(tmp_path / "checkpoint.pt")
+    saved = files.load_checkpoint(tmp_path / "checkpoint.pt")
     assert same(saved["ratio"], ratio.state_dict(), atol=1e-4) and same(saved["generator"], generator.state_dict(), atol=1e-4)
     assert not same(weights(stage1 / "network.pt"), generator.state_dict(), atol=1e-3)  # they moved much further than that
 
@@ -157,14 +159,14 @@ def test_every_divergence_trains_and_logs_the_noise_bands(call, stage1, tmp_path
 def test_more_ratio_steps_and_random_starts_run(call, stage1, tmp_path):
     call(train_diffratio, *SHORT, "--init", stage1 / "network.pt", "--outdir", tmp_path / "a", "--ratio-steps", "2", "--ratio-init", "random")
     call(train_diffratio, *SHORT, "--init", "random", "--network", "digits", "--outdir", tmp_path / "b")
-    assert networks.load_network(tmp_path / "a" / "ratio.pt", role="ratio").about["t_init"] == 2.5
+    assert checkpoints.load_network(tmp_path / "a" / "ratio.pt", role="ratio").about["t_init"] == 2.5
 
 
 def test_fid_during_training_keeps_the_best_generator(call, stage1, tmp_path):
     call(train_diffratio, *SHORT, "--init", stage1 / "network.pt", "--outdir", tmp_path, "--fid-every", "0.128",
          "--fid-images", "100", "--fid-features", stage1 / "network.pt")  # fmt: skip
     values = [json.loads(line)["fid"] for line in (tmp_path / "log.jsonl").read_text().splitlines() if '"fid"' in line]
-    assert len(values) == 2 and networks.load_network(tmp_path / "network-best.pt").about["fid"] == min(values)
+    assert len(values) == 2 and checkpoints.load_network(tmp_path / "network-best.pt").about["fid"] == min(values)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ def test_an_interrupted_run_continues_exactly(call, stage1, tmp_path, stage):
     call(script, *args, *SHORT, "--outdir", tmp_path / "whole")
     call(script, *args, *SHORT, "--outdir", tmp_path / "parts", "--kimg", "0.128")
     call(script, *args, *SHORT, "--outdir", tmp_path / "parts")
-    whole, parts = (runtime.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
+    whole, parts = (files.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
 
     def compare(a, b):
         assert type(a) is type(b)
@@ -280,11 +282,11 @@ def test_every_preset_takes_a_step_on_real_shapes(call, tmp_path, monkeypatch, p
     else:
         monkeypatch.setattr(sample, "preview", functools.partial(sample.preview, n=2))
     call(pretrain, *args, "--outdir", tmp_path / "a")
-    config = networks.load_network(tmp_path / "a" / "network.pt").config
+    config = checkpoints.load_network(tmp_path / "a" / "network.pt").config
     assert config.label_dim == {"cifar10": 0, "cifar10-cond": 10}.get(preset, 1000)
     call(train_diffratio, *args, "--outdir", tmp_path / "b", "--init", tmp_path / "a" / "network.pt")
 
-    generator, ratio = (runtime.load_checkpoint(tmp_path / "b" / "checkpoint.pt")[name] for name in ("generator", "ratio"))
+    generator, ratio = (files.load_checkpoint(tmp_path / "b" / "checkpoint.pt")[name] for name in ("generator", "ratio"))
     assert not same(generator, weights(tmp_path / "a" / "network.pt"))
     if preset == "imagenet512":  # both networks kept the magnitudes of EDM2's weights through their steps
         matrices = [v for net in (generator, ratio) for k, v in net.items() if v.ndim > 1 and "head" not in k]
@@ -321,7 +323,7 @@ def test_all_outputs_hold_the_same_images(call, stage1, tmp_path):
 
 def test_classes_are_fixed_or_uniform(call, tmp_path):
     config = networks.Config(img_resolution=8, img_channels=1, label_dim=10, model_channels=32, channel_mult=(1,), num_blocks=1, attn_resolutions=())
-    networks.save_network(tmp_path / "n.pt", networks.Denoiser(config), role="generator", t_init=2.5)
+    checkpoints.save_network(tmp_path / "n.pt", networks.Denoiser(config), role="generator", t_init=2.5)
     call(sample, "--network", tmp_path / "n.pt", "--n", "300", "--out", tmp_path / "any.npz")
     counts = np.bincount(np.load(tmp_path / "any.npz")["arr_1"], minlength=10)
     assert counts.min() > 10 and len(counts) == 10
@@ -332,7 +334,7 @@ def test_classes_are_fixed_or_uniform(call, tmp_path):
 def test_latents_are_written_where_diffusers_is_missing(call, refused, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     config = networks.Config("edm2", 16, 4, 10, 64, (1, 2), 1, (8,))
-    networks.save_network(tmp_path / "n.pt", networks.Denoiser(config), role="generator", t_init=2.5)
+    checkpoints.save_network(tmp_path / "n.pt", networks.Denoiser(config), role="generator", t_init=2.5)
     call(sample, "--network", tmp_path / "n.pt", "--n", "2", "--out", tmp_path / "latents.npz")
     assert "pip install diffusers" in capsys.readouterr().out
     assert np.load(tmp_path / "latents.npz")["latents"].shape == (2, 4, 16, 16)

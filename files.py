@@ -1,0 +1,199 @@
+"""Files, on which everything else stands: nothing half-written, nothing executed.
+
+Errors for the user, atomic writing, checkpoints of plain data, pickles of unknown origin read without running anything
+that they name, hashes, downloads and the cache folder.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import pickle
+import shutil
+import sys
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that names the cause and the remedy."""
+
+    def __init__(self, message):
+        text = "".join(c if c.isprintable() else " " for c in str(message)[:2000])  # parts may come from a hostile file
+        text = " ".join(text.split())
+        super().__init__(text if len(text) <= 500 else text[:500] + " ...")
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path`; on success it replaces `path`, on failure `path` stays as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def save_checkpoint(data, path):
+    """Write plain data (dicts, lists, numbers, strings, tensors) to `path`, atomically."""
+    with atomic(path) as part:
+        torch.save(data, part)
+
+
+def load_plain(path, what):
+    """Read a file of tensors and plain data to the CPU; nothing in it is executed. `what` says what it should be."""
+    try:
+        if zipfile.is_zipfile(path):  # torch's current format; it does not look at the check sums itself
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise UserError(f"{path}: damaged (check sum of {damaged})")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # files that are something else fail in many ways
+        raise UserError(f"{path}: not {what}, or a damaged one ({type(error).__name__})") from None
+
+
+def load_checkpoint(path):
+    """Read what `save_checkpoint` wrote, to the CPU. Nothing but plain data is accepted."""
+    data = load_plain(path, "a checkpoint of this project")
+    if not isinstance(data, dict) or "kind" not in data:
+        raise UserError(f"{path}: not a checkpoint of this project")
+    return data
+
+
+class _NumpyDtype:
+    """Stands in for numpy.dtype in a pickle: keeps the name and the byte order, knows only plain numbers."""
+
+    def __init__(self, name, *_):
+        self.name, self.order = (name.decode() if isinstance(name, bytes) else name), "|"
+
+    def __setstate__(self, state):
+        self.order = state[1].decode() if isinstance(state[1], bytes) else state[1]
+
+    def real(self):
+        if self.name.lstrip("<>|=")[:1] not in ("b", "i", "u", "f"):
+            raise UserError(f"a pickle holds an array of type {self.name!r}; only plain numbers are read")
+        return np.dtype(self.name).newbyteorder(self.order)
+
+
+class PickledArray:
+    """Stands in for numpy.ndarray in a pickle: keeps the raw bytes; `array()` makes the real one."""
+
+    state = None
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def array(self):
+        if self.state is None:
+            raise UserError("a pickle holds an array without contents")
+        try:
+            _, shape, dtype, fortran, raw = self.state
+            raw = raw.encode("latin1") if isinstance(raw, str) else raw
+            return np.frombuffer(raw, dtype.real()).reshape(shape, order="F" if fortran else "C")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"a pickle holds a damaged array ({error})") from None
+
+
+def _numpy_scalar(dtype, raw=b"\0"):
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw
+    return np.frombuffer(raw, dtype.real())[0].item()
+
+
+def _encode(text, encoding="utf-8"):  # how Python 2 and old protocols spell bytes
+    return str(text).encode("latin1" if encoding == "latin1" else "utf-8")
+
+
+# What numpy data needs in a pickle. Every entry is inert: a class or function of this file.
+NUMPY_STAND_INS = {
+    "_codecs.encode": _encode,
+    "numpy.dtype": _NumpyDtype,
+    "numpy.ndarray": PickledArray,
+    **{f"numpy.{core}.multiarray._reconstruct": PickledArray for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": _numpy_scalar for core in ("core", "_core")},
+}
+
+
+class _StandInUnpickler(pickle.Unpickler):
+    def __init__(self, file, stand_ins, **kwargs):
+        super().__init__(file, **kwargs)
+        self.stand_ins = stand_ins
+
+    def find_class(self, module, name):
+        found = self.stand_ins.get(f"{module}.{name}")
+        if found is not None:  # a pickle can set attributes of what it is given: not of our own functions
+            return found if isinstance(found, type) else functools.partial(found)
+        raise UserError(f"refused: it asks for {module}.{name}, which no data file of this kind needs")
+
+
+def read_pickle(file, stand_ins, what, encoding="ASCII"):
+    """Unpickle `file` (an open binary file) with the callables in `stand_ins` {"module.name": callable} and no others.
+
+    Nothing that the pickle names is imported or run: a name outside `stand_ins` raises `UserError` with that name.
+    `what` names the file in error messages. Arrays come back as `PickledArray`.
+    """
+    try:
+        return _StandInUnpickler(file, stand_ins, encoding=encoding).load()
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+    except Exception as error:  # a damaged pickle can fail in any way inside the unpickler
+        raise UserError(f"{what}: not a readable pickle, or a damaged one ({type(error).__name__}: {error})") from None
+
+
+def file_hash(path, algorithm="sha256"):
+    """Hexadecimal hash of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest() if hasattr(hashlib, "file_digest") else _digest(file, algorithm)
+
+
+def _digest(file, algorithm):  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.new(algorithm)
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def cache_dir():
+    """Folder for downloads and converted data sets: $DIFFRATIO_CACHE, else ~/.cache/diffratio."""
+    return Path(os.environ.get("DIFFRATIO_CACHE") or Path.home() / ".cache" / "diffratio")
+
+
+def download(url, path, algorithm, expected):
+    """Fetch `url` to `path`, with progress, and keep it only if its hash begins with `expected`.
+
+    Raises `UserError` that says where to get the file and where to put it when there is no connection.
+    """
+    path = Path(path)
+    with atomic(path) as part:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
+                total, done = int(response.headers.get("Content-Length") or 0), 0
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    done += len(block)
+                    if sys.stderr.isatty():
+                        print(f"\rdownloading {path.name}: {done / 1e6:.0f} / {total / 1e6:.0f} MB", end="", file=sys.stderr)
+            if sys.stderr.isatty():
+                print(file=sys.stderr)
+        except OSError as error:  # URLError, HTTPError and time-outs are all OSError
+            raise UserError(f"cannot download {path.name} ({getattr(error, 'reason', error)}); get it from {url} and put it at {path}") from None
+        found = file_hash(part, algorithm)
+        if not found.startswith(expected):
+            raise UserError(f"{path.name} from {url} is damaged: {algorithm} {found[:32]}, expected {expected}; nothing was kept")
+    return path
