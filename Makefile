@@ -1,10 +1,10 @@
 # make demo    environment, both stages on the embedded digits, samples, a table of distances: ten minutes on two cores
 # make test    the tests
-# make demo SEED=1 repeats it with another seed, in a folder of its own.
+# make demo SEED=1 repeats it with another seed, in runs/digits-1.
 
 PYTHON ?= python3
 SEED ?= 0
-OUT ?= runs/demo-$(SEED)
+OUT ?= runs/digits$(if $(filter-out 0,$(SEED)),-$(SEED))
 PY = .venv/bin/python
 
 .PHONY: demo test

@@ -152,13 +152,13 @@ class Batches:
     Image n of the run (counted from 0 over the whole run) is element n % N of a permutation that depends on
     (seed, n // N) alone. So the order is a function of the number of images seen: a run continues with `start` =
     images seen so far, and the ranks' shares, concatenated, are the batch that one rank would get. A background
-    thread prepares one batch ahead.
+    thread prepares one batch ahead. `pin` asks for page-locked memory, from which copies to a GPU overlap with its work.
     """
 
-    def __init__(self, dataset, batch, seed, start=0, rank=0, world_size=1):
+    def __init__(self, dataset, batch, seed, start=0, rank=0, world_size=1, pin=False):
         if batch < 1 or batch % world_size:
             raise UserError(f"a batch of {batch} does not divide among {world_size} ranks")
-        self.dataset, self.batch, self.seed = dataset, batch, seed
+        self.dataset, self.batch, self.seed, self.pin = dataset, batch, seed, pin
         self.share = batch // world_size
         self.position = start + rank * self.share  # of this rank's next image
         self.epoch, self.permutation = None, None
@@ -174,6 +174,17 @@ class Batches:
         self.next = self.thread.submit(self._prepare, self.position)
         return batch
 
+    def training_batch(self, draw, xflip):
+        """The next batch as networks see it, on the device of `draw` (a `runtime.Draw`), which gives what is random in it.
+
+        Returns x float32 [n, C, H, W], half of it mirrored if `xflip`, and labels int64 [n] or None.
+        """
+        raw, labels = next(self)
+        flip = draw.coin() if xflip else None
+        eps = draw.normal(self.dataset.channels, *raw.shape[2:]) if self.dataset.is_latent else None
+        x = self.dataset.to_model(raw, draw.device, flip, eps)
+        return x, None if labels is None else labels.to(draw.device, non_blocking=True)
+
     def _prepare(self, position):
         epochs, offsets = np.divmod(np.arange(position, position + self.share), len(self.dataset))
         indices = np.empty(self.share, np.int64)
@@ -181,7 +192,7 @@ class Batches:
             here = epochs == epoch
             indices[here] = self._permutation(int(epoch))[offsets[here]]
         raw, labels = self.dataset.batch(indices)
-        if torch.cuda.is_available():  # pinned memory lets the copy to the GPU overlap with computation
+        if self.pin:
             raw, labels = raw.pin_memory(), None if labels is None else labels.pin_memory()
         return raw, labels
 

@@ -78,6 +78,7 @@ NETWORKS = {
                      attn_resolutions=()),
     "fashion-mnist": Config(img_resolution=28, img_channels=1, model_channels=32, channel_mult=(1, 2, 2),
                             num_blocks=2, attn_resolutions=(7,)),
+    "pictures": Config(img_resolution=64, model_channels=64, channel_mult=(1, 2, 3, 4), num_blocks=2),
     "cifar10": Config(dropout=0.13),  # EDM, Table 7: 55.7 M parameters
     "imagenet64": Config("adm", 64, 3, 1000, 192, (1, 2, 3, 4), 3, (32, 16, 8), dropout=0.10),
     "edm2-xs": Config(**_EDM2, model_channels=128),
@@ -648,9 +649,13 @@ def _encode(encoder, config, x, sigma, labels):
 
 
 @torch.no_grad()
-def update_ema(ema, net, batch, halflife):
-    """Move the weights `ema` towards `net` so that the past fades by half every `halflife` images; one foreach call."""
-    beta = 0.5 ** (batch / max(halflife, 1e-8))
+def update_ema(ema, net, batch, halflife, nimg=math.inf):
+    """Move the weights `ema` towards `net` so that the past fades by half every `halflife` images; one foreach call.
+
+    After `nimg` images the half-life is at most 5 % of them: at the start, when the weights are still far off, the average
+    forgets faster (as EDM trains).
+    """
+    beta = 0.5 ** (batch / max(min(halflife, 0.05 * nimg), 1e-8))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
 
 

@@ -28,38 +28,49 @@ from runtime import HelpFormatter, positive
 # Settings. The defaults of each preset; every flag overrides.
 
 COMMON = dict(
-    xflip=False, cond=False, dropout=None, p_mean=-1.2, p_std=1.2, beta2=0.999, lr_decay_batches=0.0,
-    log_kimg=50.0, grid_kimg=1000.0, save_kimg=1000.0,
+    cond=False,  # conditional on the class labels of the data
+    xflip=False,  # half of the images mirrored
+    dropout=None,  # probability; None: that of the network
+    p_mean=-1.2, p_std=1.2,  # ln sigma ~ N(p_mean, p_std^2) are the noise levels; EDM, Table 1
+    beta2=0.999,  # of Adam; beta1 is 0.9
+    lr_decay_batches=0.0,  # 0: the rate is constant after its ramp-up
+    log_kimg=50.0, grid_kimg=1000.0, save_kimg=1000.0,  # a log line, a sample grid, a checkpoint every so many images
 )  # fmt: skip
 _CIFAR10 = dict(  # EDM, Table 7. EDM also augments (its Section 5), which is not implemented beyond flips.
-    COMMON, data="cifar10", network="cifar10", kimg=200_000.0, batch=512, lr=1e-3, lr_rampup_kimg=10_000.0,
-    ema_halflife_kimg=500.0, xflip=True,
+    COMMON, data="cifar10", network="cifar10", xflip=True,
+    kimg=200_000.0, batch=512,  # thousands of images in all; images per step
+    lr=1e-3, lr_rampup_kimg=10_000.0,  # learning rate; thousands of images over which it rises from 0
+    ema_halflife_kimg=500.0,  # thousands of images
 )  # fmt: skip
 PRESETS = {
     # Ours, tuned for a good result within minutes (digits) and hours (fashion-mnist) of a laptop CPU.
     "digits": dict(
-        COMMON, data="digits", network="digits", outdir="runs/digits/pretrain", kimg=200.0, batch=128,
-        lr=1e-3, lr_rampup_kimg=5.0, ema_halflife_kimg=20.0, log_kimg=8.0, grid_kimg=40.0, save_kimg=40.0,
+        COMMON, data="digits", network="digits", kimg=200.0, batch=128, lr=1e-3, lr_rampup_kimg=5.0,
+        ema_halflife_kimg=20.0, log_kimg=8.0, grid_kimg=40.0, save_kimg=40.0,
     ),
     "fashion-mnist": dict(
-        COMMON, data="fashion-mnist", network="fashion-mnist", outdir="runs/fashion-mnist/pretrain", kimg=600.0,
-        batch=128, lr=1e-3, lr_rampup_kimg=10.0, ema_halflife_kimg=20.0, log_kimg=4.0, grid_kimg=40.0, save_kimg=20.0,
+        COMMON, data="fashion-mnist", network="fashion-mnist", kimg=600.0, batch=128, lr=1e-3, lr_rampup_kimg=10.0,
+        ema_halflife_kimg=20.0, log_kimg=4.0, grid_kimg=40.0, save_kimg=20.0,
     ),
-    "cifar10": dict(_CIFAR10, outdir="runs/cifar10/pretrain"),
-    "cifar10-cond": dict(_CIFAR10, outdir="runs/cifar10-cond/pretrain", cond=True),
+    # Ours, for a folder of 64x64 pictures (--data) and one GPU; not run at length.
+    "pictures": dict(
+        COMMON, data=None, network="pictures", kimg=20_000.0, batch=256, lr=5e-4, lr_rampup_kimg=500.0,
+        ema_halflife_kimg=250.0, xflip=True, dropout=0.1,
+    ),
+    "cifar10": _CIFAR10,
+    "cifar10-cond": dict(_CIFAR10, cond=True),
     # EDM, Table 7.
     "imagenet64": dict(
-        COMMON, data="imagenet-64x64.zip", network="imagenet64", outdir="runs/imagenet64/pretrain", kimg=2_500_000.0,
-        batch=4096, lr=1e-4, lr_rampup_kimg=10_000.0, ema_halflife_kimg=50_000.0, cond=True, save_kimg=10_000.0,
-        grid_kimg=10_000.0,
+        COMMON, data="imagenet-64x64.zip", network="imagenet64", kimg=2_500_000.0, batch=4096, lr=1e-4,
+        lr_rampup_kimg=10_000.0, ema_halflife_kimg=50_000.0, cond=True, save_kimg=10_000.0, grid_kimg=10_000.0,
     ),
     # EDM2, Table 6, configuration S; --lr 0.012, 0.010, 0.009, 0.008, 0.007, 0.0065 for edm2-xs to edm2-xxl. EDM2 averages
     # weights with a profile that widens in proportion to the training time. Our choice comes near it: with so
-    # long a half-life, the limit of 5 % of the images seen is what counts (see `main`).
+    # long a half-life, the limit of 5 % of the images seen is what counts (`networks.update_ema`).
     "imagenet512": dict(
-        COMMON, data="img512-sd.zip", network="edm2-s", outdir="runs/imagenet512/pretrain", kimg=2_147_483.0,
-        batch=2048, lr=0.010, lr_rampup_kimg=10_000.0, lr_decay_batches=70_000.0, beta2=0.99, p_mean=-0.4, p_std=1.0,
-        ema_halflife_kimg=200_000.0, cond=True, save_kimg=10_000.0, grid_kimg=10_000.0,
+        COMMON, data="img512-sd.zip", network="edm2-s", kimg=2_147_483.0, batch=2048, lr=0.010, lr_rampup_kimg=10_000.0,
+        lr_decay_batches=70_000.0, beta2=0.99, p_mean=-0.4, p_std=1.0, ema_halflife_kimg=200_000.0, cond=True,
+        save_kimg=10_000.0, grid_kimg=10_000.0,
     ),
 }  # fmt: skip
 
@@ -78,7 +89,9 @@ def arguments():
     add("--ema-halflife-kimg", type=positive(float), metavar="N", help="half-life of the averaged weights, thousands of images")
     add("--p-mean", type=float, metavar="X", help="mean of ln sigma, sigma being the noise level trained on")
     add("--p-std", type=positive(float), metavar="X", help="standard deviation of ln sigma")
-    return runtime.parse_args(parser, PRESETS)
+    args = runtime.parse_args(parser, PRESETS)
+    args.outdir = args.outdir or f"runs/{args.preset}/pretrain"
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -126,76 +139,56 @@ def network_config(name, dataset, cond, dropout=None):
 def main():
     args = arguments()
     rt = runtime.start(args.device, args.precision)
-    micro_batches, micro_batch = runtime.split_batch(args.batch, args.micro_batch, rt.world_size)
 
     # Data and networks. The same seed on every rank: all start from the same weights.
     dataset = rt.main_first(lambda: data.load(args.data))
     torch.manual_seed(args.seed)
     net = networks.Denoiser(network_config(args.network, dataset, args.cond, args.dropout)).to(rt.device).train()
     net.to(memory_format=torch.channels_last)
+    networks.normalize_weights(net)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     ema.about = {"role": "denoiser"}
-    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, args.beta2), fused=True)
-    scaler = rt.grad_scaler()
-
-    run = runtime.Run(args, rt, "stage 1")
-    if run.state:
-        net.load_state_dict(run.state["net"])
-        ema.load_state_dict(run.state["ema"])
-        optimizer.load_state_dict(run.state["optimizer"])
-        scaler.load_state_dict(run.state["scaler"])
-    run.state = None  # frees its memory
+    learner = runtime.Learner(net, rt, args.lr, (0.9, args.beta2), args.batch, args.micro_batch)
+    run = runtime.Run(args, rt, "stage 1", dict(net=net, ema=ema, optimizer=learner.optimizer, scaler=learner.scaler))
     if args.compile:
         net.compile()
-    networks.normalize_weights(net)
     config = net.config
     rt.print(
         f"stage 1: {config.architecture}, {networks.parameter_count(net) / 1e6:.2f} M parameters, "
         f"{dataset.name} ({len(dataset)} x {config.img_resolution}x{config.img_resolution}x{config.img_channels}), "
-        f"{rt.world_size} x {rt.device.type}, {rt.precision}, batch {args.batch} = {rt.world_size} x {micro_batches} x {micro_batch}"
+        f"{rt.world_size} x {rt.device.type}, {rt.precision}, batch {args.batch} in parts of {learner.micro_batch}"
     )
-    latent_shape = (config.img_channels, config.img_resolution, config.img_resolution)
-    losses = []
-    batches = data.Batches(dataset, args.batch, args.seed, run.nimg, rt.rank, rt.world_size)
+    batches = data.Batches(dataset, args.batch, args.seed, run.nimg, rt.rank, rt.world_size, rt.device.type == "cuda")
 
-    while run.nimg < run.total_nimg:
-        raw, labels = next(batches)
+    def loss(x, sigma, eps, labels):
+        each = denoising_loss(net, x, sigma, eps, labels)
+        run.add(loss=each.sum() / x[0].numel())
+        return each
+
+    while run.goes_on():
+        # A batch, its noise levels and its noise.
         draw = runtime.Draw(rt, args.batch, args.seed, run.nimg, "pretrain")
-        flip = draw.coin() if args.xflip else None
-        x = dataset.to_model(raw, rt.device, flip, draw.normal(*latent_shape) if dataset.is_latent else None)
-        labels = labels.to(rt.device, non_blocking=True) if config.label_dim else None
-        sigma = (draw.normal() * args.p_std + args.p_mean).exp()
-        eps = draw.normal(*x.shape[1:])
+        x, labels = batches.training_batch(draw, args.xflip)
+        sigma, eps = (draw.normal() * args.p_std + args.p_mean).exp(), draw.normal(*x.shape[1:])
 
-        # Gradient of the mean over the global batch, micro-batch by micro-batch.
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, run.nimg + args.batch)
-        for i in range(micro_batches):
-            part = slice(i * micro_batch, (i + 1) * micro_batch)
-            torch.manual_seed(runtime.seed_of(args.seed, run.nimg, rt.rank, i, "dropout"))
-            with rt.autocast():
-                loss = denoising_loss(net, x[part], sigma[part], eps[part], None if labels is None else labels[part])
-            scaler.scale(loss.sum() / args.batch).backward()
-            losses.append(loss.detach().sum() / x[0].numel())
-        runtime.optimizer_step(optimizer, scaler, rt)
+        # One step of the denoiser. Masks of dropout follow the rank and the micro-batch.
+        torch.manual_seed(runtime.seed_of(args.seed, run.nimg, rt.rank, "dropout"))
+        learner.step(learning_rate(args, run.nimg + args.batch), loss, x, sigma, eps, labels if args.cond else None)
         networks.normalize_weights(net)
+        run.advance()
+        networks.update_ema(ema, net, args.batch, args.ema_halflife_kimg * 1000, run.nimg)
 
-        # The average forgets faster at the start, when the weights are still far off (EDM, as in its training code).
-        run.nimg += args.batch
-        networks.update_ema(ema, net, args.batch, min(args.ema_halflife_kimg * 1000, 0.05 * run.nimg))
-
+        # Machinery from here on: log, sample grid, files.
         if run.due(args.log_kimg):
-            total = rt.sum(torch.stack(losses).sum())
-            loss = total.item() / (len(losses) * micro_batch * rt.world_size)
-            run.report({"loss": loss}, f"loss {loss:.4f}")
-            losses = []
+            sums, images = run.take()
+            mean = sums["loss"].item() / images
+            run.report({"loss": mean}, f"loss {mean:.4f}")
         if run.due(args.grid_kimg) and rt.is_main:
             sample.preview(ema, run.dir / f"samples-{run.nimg // 1000:06d}.png", args.seed, rt.device)
-        if run.due(args.save_kimg):
-            run.save(net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            if rt.is_main:
-                checkpoints.save_network(run.dir / "network.pt", ema, role="denoiser", nimg=run.nimg, data=dataset.name)
-    rt.print(f"stage 1 is done: {run.dir / 'network.pt'}")
+        if run.due(args.save_kimg) or run.stopping:
+            about = dict(role="denoiser", nimg=run.nimg, data=dataset.name)
+            run.save(lambda: checkpoints.save_network(run.dir / "network.pt", ema, **about))
+    run.finish()
 
 
 if __name__ == "__main__":

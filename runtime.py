@@ -68,10 +68,6 @@ class Runtime:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "fp32")
 
-    def grad_scaler(self):
-        """Loss scaling, which float16 needs and the others pass through."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-
     def print(self, *args, **kwargs):
         """Print from the first rank only."""
         if self.is_main:
@@ -133,31 +129,47 @@ def start(device="auto", precision="fp32"):
     return Runtime(torch.device(kind, index), rank, world_size, precision)
 
 
-def split_batch(batch, micro_batch, world_size):
-    """Number of micro-batches each rank takes per step, and their size: batch = world_size * count * size.
+class Learner:
+    """The optimiser of one network: Adam (arXiv 1412.6980), loss scaling for float16, micro-batches, the sum over ranks.
 
-    `batch` is global and decides the result; `micro_batch` (at most so many images on a device at once, or None)
-    decides only the memory.
+    `batch` is global and decides the result. `micro_batch` (at most so many images on a device at once, or None)
+    decides only the memory: the gradient is that of the mean over the global batch, however it is divided.
     """
-    if batch < 1 or batch % world_size:
-        raise UserError(f"--batch {batch} does not divide among {world_size} ranks; use a multiple of {world_size}")
-    per_rank = batch // world_size
-    size = min(micro_batch or per_rank, per_rank)
-    if size < 1 or per_rank % size:
-        raise UserError(f"--micro-batch {size} does not divide the {per_rank} images of each rank; use a divisor")
-    return per_rank // size, size
 
+    def __init__(self, net, rt, lr, betas, batch, micro_batch=None):
+        if batch < 1 or batch % rt.world_size:
+            raise UserError(f"--batch {batch} does not divide among {rt.world_size} ranks; use a multiple of {rt.world_size}")
+        share = batch // rt.world_size
+        self.rt, self.batch, self.micro_batch = rt, batch, min(micro_batch or share, share)
+        if share % self.micro_batch:
+            raise UserError(f"--micro-batch {self.micro_batch} does not divide the {share} images of each rank; use a divisor")
+        self.parts = [slice(i, i + self.micro_batch) for i in range(0, share, self.micro_batch)]
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=betas, fused=True)
+        self.scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.precision == "fp16")  # the others need no scaling
 
-def optimizer_step(optimizer, scaler, runtime):
-    """Sum the gradients over the ranks (in one message), take a step, and forget them."""
-    if runtime.world_size > 1:
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        flat = torch.cat([g.reshape(-1) for g in grads])
-        dist.all_reduce(flat)
-        torch._foreach_copy_(grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads)])
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    def split(self, *tensors):
+        """Iterator over the micro-batches of tensors [images of this rank, ...] or None."""
+        for part in self.parts:
+            yield [None if t is None else t[part] for t in tensors]
+
+    def step(self, lr, loss, *tensors):
+        """One step of Adam down the mean over the global batch of `loss(*tensors)`, which gives a value per image, [N].
+
+        The tensors are [images of this rank, ...] or None; `loss` sees a micro-batch of each.
+        """
+        self.optimizer.param_groups[0]["lr"] = lr
+        for part in self.split(*tensors):
+            with self.rt.autocast():
+                total = loss(*part).sum()
+            self.scaler.scale(total / self.batch).backward()
+        if self.rt.world_size > 1:  # all gradients in one message
+            grads = [p.grad for p in self.optimizer.param_groups[0]["params"] if p.grad is not None]
+            flat = torch.cat([g.reshape(-1) for g in grads])
+            dist.all_reduce(flat)
+            torch._foreach_copy_(grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads)])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -245,7 +257,8 @@ def parse_args(parser, presets):
     add = parser.add_argument
     add("--preset", choices=list(presets), default=next(iter(presets)), help="settings that the other flags override")
     add("--data", metavar="NAME|PATH", help="digits, fashion-mnist, cifar10, or a folder, zip, .npz or IDX folder")
-    add("--outdir", metavar="DIR", help="where everything is written; an unfinished run found there is continued")
+    add("--outdir", metavar="DIR", help="where everything is written; an unfinished run found there is continued "
+        "(default: runs/PRESET/pretrain or runs/PRESET/DIVERGENCE)")  # fmt: skip
     add("--kimg", type=positive(float), metavar="N", help="length of the run, in thousands of images")
     add("--batch", type=positive(int), metavar="N", help="images per step, over all ranks")
     add("--micro-batch", type=positive(int), metavar="N", help="images at once on each rank (default: all of its share); "
@@ -261,7 +274,10 @@ def parse_args(parser, presets):
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset", choices=list(presets), default=next(iter(presets)))
     parser.set_defaults(**presets[finder.parse_known_args()[0].preset])
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.data is None:
+        parser.error(f"--preset {args.preset} needs --data: a folder or a zip of images")
+    return args
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -293,57 +309,99 @@ class Draw:
     not depend on how many ranks and micro-batches share the work.
     """
 
-    def __init__(self, runtime, batch, *key):
-        self.batch, share = batch, batch // runtime.world_size
-        self.mine = slice(runtime.rank * share, (runtime.rank + 1) * share)
-        self.rng = rng(runtime.device, *key)
+    def __init__(self, rt, batch, *key):
+        self.device, self.batch, share = rt.device, batch, batch // rt.world_size
+        self.mine = slice(rt.rank * share, (rt.rank + 1) * share)
+        self.whole = rt.world_size == 1
+        self.rng = rng(rt.device, *key)
 
     def normal(self, *shape):
         """[images of this rank, *shape] standard normal."""
-        return torch.randn(self.batch, *shape, device=self.rng.device, generator=self.rng)[self.mine]
+        return self._share(torch.randn(self.batch, *shape, device=self.device, generator=self.rng))
+
+    def uniform(self):
+        """[images of this rank], uniform in [0, 1)."""
+        return self._share(torch.rand(self.batch, device=self.device, generator=self.rng))
 
     def coin(self):
         """[images of this rank] bool, fair."""
-        return torch.rand(self.batch, device=self.rng.device, generator=self.rng)[self.mine] < 0.5
+        return self.uniform() < 0.5
+
+    def _share(self, numbers):  # a copy: a view would keep the other ranks' numbers in memory
+        return numbers if self.whole else numbers[self.mine].clone()
 
 
 class Run:
-    """The folder of a training run: its checkpoint, log and cadence.
+    """A training run and its folder: what is trained, how far it is, checkpoint, log and cadence.
 
-    `run.state` is what `save` was last given there, or None. The same command again continues the run; other
-    settings than those it was started with are refused.
+    `parts` {name: network, optimiser or scaler} is what a continuation needs, the averaged weights under "ema". If the
+    folder holds a checkpoint, they are restored from it: the same command again continues the run. Other settings than
+    those it was started with are refused. `values` holds plain values that are stored with them.
     """
 
-    def __init__(self, args, runtime, stage):
-        self.dir, self.runtime, self.kind = Path(args.outdir), runtime, f"training state of {stage}"
+    def __init__(self, args, rt, stage, parts, **values):
+        self.dir, self.rt, self.kind, self.stage = Path(args.outdir), rt, f"training state of {stage}", stage
+        self.parts, self.values = parts, values
         self.settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
         self.total_nimg = -(-round(args.kimg * 1000) // args.batch) * args.batch  # whole batches
-        self.batch, self.state, self.nimg = args.batch, None, 0
-        if (self.dir / "checkpoint.pt").exists():
-            self.state = load_checkpoint(self.dir / "checkpoint.pt")
-            self._check(self.dir / "checkpoint.pt")
-            self.nimg = self.state["nimg"]
-            runtime.print(f"continuing {self.dir} at {self.nimg / 1000:g} kimg")
-        if runtime.is_main:
+        self.batch, self.nimg, self.stopping = args.batch, 0, False
+        self.sums, self.logged_nimg = {}, 0  # of the log: sums over the images since the last line
+        path = self.dir / "checkpoint.pt"
+        if path.exists():
+            state = load_checkpoint(path)
+            self._check(path, state)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            self.nimg = state["nimg"]
+            self.values = {key: state.get(key, value) for key, value in values.items()}
+            self.logged_nimg = state.get("logged_nimg", self.nimg)
+            if rt.is_main:  # the sums over the ranks
+                self.sums = {name: value.to(rt.device) for name, value in state.get("sums", {}).items()}
+            rt.print(f"continuing {self.dir} at {self.nimg / 1000:g} kimg")
+        if rt.is_main:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.log = Log(self.dir / "log.jsonl", self.nimg)
         self.progress = Progress(self.nimg, self.total_nimg)
         self.advice = f"training diverged; the last checkpoint in {self.dir} is untouched. Try a lower --lr, or --precision fp32"
 
-    def _check(self, path):
-        if self.state["kind"] != self.kind:
-            raise UserError(f"{path} is a {self.state['kind']}, not a {self.kind}; choose another --outdir")
-        before = self.state["settings"]
-        for key in sorted(self.settings.keys() | before.keys()):
-            old, new = before.get(key), self.settings.get(key)
+    def _check(self, path, state):
+        if state["kind"] != self.kind:
+            raise UserError(f"{path} is a {state['kind']}, not a {self.kind}; choose another --outdir")
+        before = state["settings"]
+        for key in sorted(self.settings.keys() & before.keys()):  # a flag that came later had no effect then
+            old, new = before[key], self.settings[key]
             if old != new:
                 flag = "--" + key.replace("_", "-")
                 raise UserError(f"{path} was trained with {flag} {old}, not {new}; continue with {old} or choose another --outdir")
+
+    def goes_on(self):
+        """Whether there is another step to take."""
+        return self.nimg < self.total_nimg and not self.stopping
+
+    def advance(self):
+        """Count the step that was just taken."""
+        self.nimg += self.batch
 
     def due(self, kimg):
         """Whether the step that has just reached `nimg` images crossed a multiple of `kimg`, or was the last."""
         every = kimg * 1000
         return self.nimg // every > (self.nimg - self.batch) // every or self.nimg >= self.total_nimg
+
+    def add(self, **values):
+        """Add tensors to the sums that the next log line is made of. Stays on the device: nothing waits for it."""
+        for name, value in values.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def summed(self):
+        """{name: float64 tensor on the CPU} summed over the ranks."""
+        return {name: self.rt.sum(value.clone()).cpu() for name, value in sorted(self.sums.items())}
+
+    def take(self):
+        """`summed()` and the number of images since the last call; the sums start again from nothing."""
+        sums, images = self.summed(), self.nimg - self.logged_nimg
+        self.sums, self.logged_nimg = {}, self.nimg
+        return sums, images
 
     def report(self, record, text):
         """Write a log line and a status line. A value that is not finite ends the run, before anything is saved."""
@@ -351,19 +409,32 @@ class Run:
         bad = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
         if bad:
             raise UserError(f"{bad[0]} is {record[bad[0]]} at {self.nimg / 1000:g} kimg: {self.advice}")
-        memory = peak_memory_gb(self.runtime.device)
+        memory = peak_memory_gb(self.rt.device)
         self.note({**record, "images_per_second": rate, "peak_memory_gb": memory}, f"{status}  {memory:.1f} GB  {text}")
 
     def note(self, record, text):
         """Write a log line and show `text`."""
-        if self.runtime.is_main:
+        if self.rt.is_main:
             self.log.write({"nimg": self.nimg, **record})
-        self.runtime.print(text)
+        self.rt.print(text)
 
-    def save(self, **state):
-        """Write the checkpoint from which the run continues; `state` has the averaged weights under "ema"."""
+    def save(self, write_networks):
+        """Write the network files by `write_networks()`, then the checkpoint from which the run continues.
+
+        In this order, and both by the first rank: a run that is killed in between writes the former again.
+        """
+        state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(bool(v.isfinite().all()) for v in state["ema"].values()):
             raise UserError(f"the weights are not finite at {self.nimg / 1000:g} kimg: {self.advice}")
-        if self.runtime.is_main:
-            save_checkpoint({"kind": self.kind, "settings": self.settings, "nimg": self.nimg, **state},
-                            self.dir / "checkpoint.pt")  # fmt: skip
+        sums = self.summed()
+        if self.rt.is_main:
+            write_networks()
+            about = {"kind": self.kind, "settings": self.settings, "nimg": self.nimg, "logged_nimg": self.logged_nimg}
+            save_checkpoint({**about, "sums": sums, **self.values, **state}, self.dir / "checkpoint.pt")
+
+    def finish(self):
+        """Say how the run ended."""
+        if self.stopping:
+            self.rt.print(f"{self.stage} stopped at {self.nimg / 1000:g} kimg; the same command continues it")
+        else:
+            self.rt.print(f"{self.stage} is done: {self.dir / 'network.pt'}")

@@ -11,7 +11,6 @@ Writes a PNG grid (`--out grid.png`), a folder of PNGs (`--out folder`) or a bat
 """
 
 import argparse
-import dataclasses
 import math
 
 import numpy as np
@@ -23,10 +22,14 @@ import runtime
 from files import UserError
 
 
-def sigma_steps(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """Noise levels of EDM, Equation 5, from sigma_max down to sigma_min, then 0: [steps + 1] float64."""
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+def karras_sigma(share, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """The noise level at `share` (a tensor in [0, 1]) of EDM's schedule, from sigma_min at 0 to sigma_max at 1; Equation 5."""
+    return (sigma_min ** (1 / rho) + share * (sigma_max ** (1 / rho) - sigma_min ** (1 / rho))) ** rho
+
+
+def sigma_steps(steps, **levels):
+    """Noise levels of the sampler, from sigma_max down to sigma_min, then 0: [steps + 1] float64."""
+    sigmas = karras_sigma(torch.linspace(1, 0, steps, dtype=torch.float64), **levels)
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
@@ -150,6 +153,7 @@ def arguments():
     add("--seed", type=int, default=0, metavar="S", help="seed; image i of a seed is the same in any batch")
     add("--out", default="samples.png", metavar="PATH", help="a .png (grid), a .npz (batch) or a new folder (PNG files)")
     add("--steps", type=runtime.positive(int), default=18, metavar="N", help="Heun steps, for stage-1 networks")
+    add("--one-step", type=runtime.positive(float), metavar="T", help="one step from a stage-1 network, at noise level T")
     add("--class", dest="label", type=int, metavar="C", help="class of all images (default: uniformly random)")
     add("--batch", type=runtime.positive(int), default=64, metavar="N", help="images at once; changes the memory only")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is any")
@@ -167,6 +171,10 @@ def main():
     rt = runtime.start(args.device, args.precision)
     net = checkpoints.load_network(args.network)
     role, config = net.about["role"], net.config
+    if args.one_step and role != "denoiser":
+        raise UserError(f"--one-step is for networks of stage 1; {args.network} holds a {role}")
+    if args.one_step:  # as stage 2 finds it
+        role, net.about = "generator", {"role": "generator", "t_init": args.one_step}
     if role == "ratio":
         raise UserError(f"{args.network} is a ratio network and makes no images; give the network.pt beside it")
     if args.label is not None and args.label not in range(config.label_dim):
@@ -176,7 +184,8 @@ def main():
         raise UserError("--candidates and --ratio go together: give the ratio.pt of the generator's folder and K > 1")
     net.to(rt.device, memory_format=torch.channels_last)
     ratio = checkpoints.load_network(args.ratio, role="ratio").to(rt.device) if args.ratio else None
-    if ratio and dataclasses.replace(ratio.config, dropout=0.0) != dataclasses.replace(config, dropout=0.0):
+    same = ("img_resolution", "img_channels", "label_dim")
+    if ratio and any(getattr(ratio.config, key) != getattr(config, key) for key in same):
         raise UserError(f"{args.ratio} was not trained with {args.network}; give the ratio.pt beside it")
     print(f"{args.network}: {'one step' if role == 'generator' else f'Heun, {args.steps} steps'}, {args.n} images")
 

@@ -38,9 +38,9 @@ def nearest_digit_shares(images, dataset):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runtime.HelpFormatter)
-    parser.add_argument("--pretrained", default="runs/demo-0/pretrain/network.pt", metavar="PATH", help="network of stage 1")
-    parser.add_argument("--generator", default="runs/demo-0/dijs/network.pt", metavar="PATH", help="network of stage 2")
-    parser.add_argument("--outdir", default="runs/demo-0", metavar="DIR", help="where demo.png goes")
+    parser.add_argument("--pretrained", default="runs/digits/pretrain/network.pt", metavar="PATH", help="network of stage 1")
+    parser.add_argument("--generator", default="runs/digits/dijs/network.pt", metavar="PATH", help="network of stage 2")
+    parser.add_argument("--outdir", default="runs/digits", metavar="DIR", help="where demo.png goes")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the halves and the samples")
     args = parser.parse_args()
     rt = runtime.start()
@@ -49,8 +49,8 @@ def main():
 
     heun = checkpoints.load_network(args.pretrained, role="denoiser").to(rt.device)
     before = checkpoints.load_network(args.pretrained).to(rt.device)
-    before.about = {"role": "generator", "t_init": 2.5}  # the generator as stage 2 starts: a copy at one noise level
     after = checkpoints.load_network(args.generator, role="generator").to(rt.device)
+    before.about = after.about  # the generator as stage 2 starts: a copy at one noise level
 
     half, whole = len(dataset) // 2, len(dataset)
     many = 4 * whole

@@ -72,10 +72,10 @@ def test_ratio_and_its_gradient_match_two_gaussians(trained_ratio, sigma):
     assert (gradient - score_difference).square().mean().sqrt() < 0.15 * score_difference.square().mean().sqrt()
 
 
-def test_ratio_loss_is_twice_ln_2_for_a_blind_network():
+def test_ratio_loss_is_ln_2_for_a_blind_network():
     x = torch.randn(5, 1, 8, 8)
     loss, _, _ = train_diffratio.ratio_loss(lambda x, s, y: torch.zeros(len(x)), x, x, torch.ones(5), x, x)
-    torch.testing.assert_close(loss, torch.full((5,), 2 * math.log(2)))
+    torch.testing.assert_close(loss, torch.full((5,), math.log(2)))
 
 
 # ---------------------------------------------------------------------------------------------------------
