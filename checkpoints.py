@@ -17,9 +17,9 @@ from networks import Config, Denoiser, RatioNetwork
 NETWORK_KIND = "diffratio network"
 
 
-def save_network(path, net, **about):
+def save_network(path, net, dtype=torch.float32, **about):
     """Write a `Denoiser` or `RatioNetwork` and plain values about it (role, t_init, nimg, ...) to `path`, atomically."""
-    state = {k: v.detach().to("cpu", torch.float32) for k, v in net.state_dict().items()}
+    state = {k: v.detach().to("cpu", dtype) for k, v in net.state_dict().items()}
     save_checkpoint({"kind": NETWORK_KIND, "config": dataclasses.asdict(net.config), "about": about, "state": state}, path)
 
 

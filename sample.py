@@ -4,7 +4,9 @@ Reads a network file (`network.pt` of either stage, or a published EDM or EDM2 p
 Writes a PNG grid (`--out grid.png`), a folder of PNGs (`--out folder`) or a batch of images for measurement
 (`--out samples.npz`: array `arr_0`, uint8, N x H x W x C, the format of the ADM evaluation suite).
 
+    python sample.py                                       64 digits, from the weights in assets/
     python sample.py --network runs/digits/dijs/network.pt --n 100 --out digits.png
+    python sample.py --network runs/digits/pretrain/network.pt --one-step 2.5 --out before.png
     python sample.py --network runs/cifar10/dijs/network.pt --n 50000 --out samples.npz
     python sample.py --network runs/digits/dijs/network.pt --ratio runs/digits/dijs/ratio.pt --candidates 4
     python sample.py --network edm-imagenet-64x64-cond-adm.pkl --n 64 --class 207 --out dogs.png
@@ -12,6 +14,7 @@ Writes a PNG grid (`--out grid.png`), a folder of PNGs (`--out folder`) or a bat
 
 import argparse
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +23,8 @@ import checkpoints
 import data
 import runtime
 from files import UserError
+
+DIGITS = str(Path(__file__).parent / "assets" / "digits.pt")  # the generator of `make demo`
 
 
 def karras_sigma(share, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -148,7 +153,7 @@ def latent_decoder(device, vae):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runtime.HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--network", required=True, metavar="PATH", help="network.pt of either stage, or a published EDM or EDM2 pickle")
+    add("--network", default=DIGITS, metavar="PATH", help="network.pt of either stage, or a published EDM or EDM2 pickle")
     add("--n", type=runtime.positive(int), default=64, metavar="N", help="number of images")
     add("--seed", type=int, default=0, metavar="S", help="seed; image i of a seed is the same in any batch")
     add("--out", default="samples.png", metavar="PATH", help="a .png (grid), a .npz (batch) or a new folder (PNG files)")
