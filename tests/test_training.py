@@ -162,6 +162,52 @@ def test_more_ratio_steps_and_random_starts_run(call, stage1, tmp_path):
     assert checkpoints.load_network(tmp_path / "a" / "ratio.pt", role="ratio").about["t_init"] == 2.5
 
 
+def test_the_ratio_network_may_have_another_width(call, stage1, tmp_path, capsys):
+    args = [*SHORT, "--init", stage1 / "network.pt", "--outdir", tmp_path / "run", "--ratio-width", "16"]
+    call(train_diffratio, *args, "--ratio-init", "random")
+    ratio = checkpoints.load_network(tmp_path / "run" / "ratio.pt", role="ratio")
+    assert ratio.config.model_channels == 16
+    call(sample, "--network", tmp_path / "run" / "network.pt", "--ratio", tmp_path / "run" / "ratio.pt", "--candidates", "2",
+         "--n", "4", "--out", tmp_path / "x.png")  # fmt: skip
+    with pytest.raises(SystemExit):
+        call(train_diffratio, *args)
+    assert "--ratio-init random" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, kind, limit", [
+    (["--noise", "lognormal", "--p-mean", "-0.4", "--p-std", "1"], "lognormal", None),
+    (["--noise", "karras", "--karras-share", "0.8"], "karras", 24.5),
+])  # fmt: skip
+def test_noise_levels_have_the_distribution_that_the_flags_name(monkeypatch, flags, kind, limit):
+    monkeypatch.setattr(sys, "argv", ["train_diffratio.py", *flags])
+    n = 20_000
+    sigma = train_diffratio.noise_levels(train_diffratio.arguments(), runtime.Draw(runtime.start("cpu"), n, 0, "test"))
+    assert sigma.shape == (n,)
+    if kind == "lognormal":
+        assert abs(sigma.log().mean() + 0.4) < 5 / n**0.5 and abs(sigma.log().std() - 1) < 5 / (2 * n) ** 0.5
+    else:  # the share of sigma above 3.3 from Karras' schedule: 1 - (3.3^(1/7) - a) / (0.8 (b - a)), a, b = 0.002, 80 to the 1/7
+        assert 0.002 <= sigma.min() and 24 < sigma.max() < limit
+        assert abs((sigma > 3.3).double().mean() - 0.336) < 5 * (0.336 * 0.664 / n) ** 0.5
+
+
+def test_learning_rates_fall_over_the_run_unless_told_otherwise(monkeypatch):
+    def factor(nimg, *flags):
+        monkeypatch.setattr(sys, "argv", ["train_diffratio.py", "--kimg", "10", *flags])
+        return train_diffratio.learning_rate_factor(train_diffratio.arguments(), nimg)
+
+    assert [factor(nimg) for nimg in (0, 5_000, 10_000)] == pytest.approx([1, 0.5, 0])
+    assert [factor(nimg, "--lr-decay-kimg", "20") for nimg in (0, 10_000)] == pytest.approx([1, 0.5])
+    assert factor(10_000, "--lr-decay-kimg", "0") == 1
+
+
+def test_every_divergence_has_a_folder_of_its_own(monkeypatch):
+    folders = set()
+    for name in train_diffratio.DIVERGENCES:
+        monkeypatch.setattr(sys, "argv", ["train_diffratio.py", "--divergence", name])
+        folders.add(train_diffratio.arguments().outdir)
+    assert folders == {f"runs/digits/{name}" for name in train_diffratio.DIVERGENCES}
+
+
 def test_fid_during_training_keeps_the_best_generator(call, stage1, tmp_path):
     call(train_diffratio, *SHORT, "--init", stage1 / "network.pt", "--outdir", tmp_path, "--fid-every", "0.128",
          "--fid-images", "100", "--fid-features", stage1 / "network.pt")  # fmt: skip
@@ -312,6 +358,16 @@ def test_images_of_a_seed_do_not_depend_on_the_batch(call, stage1, tmp_path, sta
     assert a.shape == (10, 8, 8, 1) and a.dtype == np.uint8
     assert np.abs(a.astype(int) - b).max() <= 1  # a grey level, where rounding falls on the other side
     assert np.mean(a != b) < 0.01
+
+
+def test_one_step_from_stage_1_is_the_generator_that_stage_2_starts_from(call, refused, stage1, tmp_path):
+    call(sample, "--network", stage1 / "network.pt", "--one-step", "1.5", "--n", "4", "--out", tmp_path / "a.npz")
+    net = checkpoints.load_network(stage1 / "network.pt")
+    with torch.no_grad():
+        images = sample.one_step(net, sample.inputs(net.config, range(4), 0, "cpu")[0], None, 1.5)
+    assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], data.to_uint8(images))
+    checkpoints.save_network(tmp_path / "g.pt", net, role="generator", t_init=2.5)
+    assert "holds a generator" in refused(sample, "--network", tmp_path / "g.pt", "--one-step", "2", "--out", tmp_path / "x.png")
 
 
 def test_all_outputs_hold_the_same_images(call, stage1, tmp_path):
