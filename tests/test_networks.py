@@ -87,6 +87,7 @@ def test_preconditioning_keeps_inputs_and_targets_at_unit_variance():
         x, n = 0.5 * torch.randn(200_000, dtype=torch.float64), torch.randn(200_000, dtype=torch.float64)
         c_skip, c_out, c_in, c_noise = networks.preconditioning("edm", torch.tensor(sigma, dtype=torch.float64), 0.5)
         noisy = x + sigma * n
+        # The standard deviation of 200,000 draws is off by 0.0016 by chance.
         assert (c_in * noisy).std().item() == pytest.approx(1, abs=0.01)
         assert ((x - c_skip * noisy) / c_out).std().item() == pytest.approx(1, abs=0.01)
         assert c_noise.item() == pytest.approx(math.log(sigma) / 4)
@@ -106,6 +107,7 @@ def test_a_network_starts_close_to_its_skip_connection():
         net = Denoiser(small(architecture)).eval()
         x = torch.randn(2, 3, 16, 16)
         with torch.no_grad():
+            # The last layer's weights are 1e-5 of the usual ones, in EDM2 and ADM zero.
             torch.testing.assert_close(net(x, torch.full((2,), 0.5)), 0.5 * x, atol=1e-3, rtol=1e-3)
 
 
@@ -160,11 +162,12 @@ def test_forced_weight_normalisation_undoes_growth_without_changing_the_function
         if isinstance(module, networks.MPConv):
             module.weight.data *= 7
     networks.normalize_weights(net)
-    torch.testing.assert_close(net(x, sigma), before, rtol=1e-3, atol=1e-4)
+    # The normalisation adds 1e-4 to a norm. So weights are off by up to 1e-4 of themselves, in each of some ten layers.
+    torch.testing.assert_close(net(x, sigma), before, rtol=1e-3, atol=1e-3)
     for module in net.modules():
         if isinstance(module, networks.MPConv):
             norms = module.weight.flatten(1).square().mean(dim=1).sqrt()
-            torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------
