@@ -1,7 +1,7 @@
 """Files, on which everything else stands: nothing half-written, nothing executed.
 
-Errors for the user, atomic writing, checkpoints of plain data, pickles of unknown origin read without running anything
-that they name, hashes, downloads and the cache folder.
+Errors for the user, atomic writing, locks, checkpoints of plain data, pickles of unknown origin read without running
+anything that they name, hashes, downloads and the cache folder.
 """
 
 import contextlib
@@ -10,13 +10,20 @@ import hashlib
 import os
 import pickle
 import shutil
+import socket
 import sys
+import time
 import urllib.request
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class UserError(Exception):
@@ -30,18 +37,76 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary path beside `path`; on success it replaces `path`, on failure `path` stays as it was."""
+    """Yield a temporary path beside `path`; on success it replaces `path`, on failure `path` stays as it was.
+
+    What replaces `path` (a file, or a folder with its files) is on the disk by then: a power loss leaves the old or the new.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         yield part
+        for written in (*part.glob("*"), part):
+            flush(written)
         os.replace(part, path)
+        flush(path.parent)
     finally:
-        if part.is_dir():
-            shutil.rmtree(part)
-        else:
-            part.unlink(missing_ok=True)
+        _remove(part)
+
+
+def flush(path):
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    folder = path.is_dir()
+    with contextlib.suppress(OSError) if folder else contextlib.nullcontext():  # not all systems can flush folders
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_parts(folder, name=""):
+    """Remove what killed processes left half-written of `name` (or of all) in `folder`. Only for who has locked it."""
+    for part in folder.glob(".*.part"):
+        if part.name.startswith(f".{name}"):
+            _remove(part)
+
+
+def lock(path, what, wait=False):
+    """Lock the file `path` until the returned file is closed or the process ends, in whatever way: the system releases it.
+
+    If another process has locked it: wait for it, or raise `UserError` that says who is using `what`. None where there
+    are no locks (Windows, some network drives): nothing is protected then, which a warning says.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+")
+    try:
+        if fcntl is None:
+            raise OSError("not on Windows")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read() or "another process"
+            if not wait:
+                raise UserError(f"{what} is in use by {owner}; wait for it, stop it, or choose another folder") from None
+            print(f"waiting for {owner}, which makes {what}", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        print(f"warning: {path} cannot be locked ({error}); let no second process write there", file=sys.stderr, flush=True)
+        file.close()
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    file.flush()
+    return file
 
 
 def save_checkpoint(data, path):
