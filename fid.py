@@ -12,7 +12,6 @@ statistics of a reference are kept in the cache folder, so they are computed onc
     torchrun --nproc-per-node 8 fid.py samples.npz imagenet-64x64.zip --save-stats imagenet-64x64.npz
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -552,8 +551,7 @@ def _root(statistics):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = runtime.Parser(__doc__)
     add = parser.add_argument
     add("samples", metavar="SAMPLES", help="data set name, folder, zip, .npz of images or .npz of statistics")
     add("reference", metavar="REFERENCE", help="the same; in published tables the training set")

@@ -22,7 +22,7 @@ import networks
 import runtime
 import sample
 from files import UserError
-from runtime import HelpFormatter, positive
+from runtime import Parser, positive
 
 # ---------------------------------------------------------------------------------------------------------
 # Settings. The defaults of each preset; every flag overrides.
@@ -76,7 +76,7 @@ PRESETS = {
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--network", choices=list(networks.NETWORKS), help="architecture and size; its resolution follows the data")
     add("--cond", action=argparse.BooleanOptionalAction, help="condition on the class labels of the data")
@@ -183,11 +183,11 @@ def main():
             sums, images = run.take()
             mean = sums["loss"].item() / images
             run.report({"loss": mean}, f"loss {mean:.4f}")
-        if run.due(args.grid_kimg) and rt.is_main:
-            sample.preview(ema, run.dir / f"samples-{run.nimg // 1000:06d}.png", args.seed, rt.device)
         if run.due(args.save_kimg) or run.stopping:
             about = dict(role="denoiser", nimg=run.nimg, data=dataset.name)
             run.save(lambda: checkpoints.save_network(run.dir / "network.pt", ema, **about))
+        if run.due(args.grid_kimg) and rt.is_main:
+            sample.preview(ema, run.dir / f"samples-{run.nimg // 1000:06d}.png", args.seed, rt, run.since(args.grid_kimg) // 16)
     run.finish()
 
 

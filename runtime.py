@@ -5,45 +5,98 @@ line that both training scripts have. Nothing in this file knows what is being t
 """
 
 import argparse
+import contextlib
 import dataclasses
+import datetime
+import functools
 import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from files import UserError, atomic, load_checkpoint, save_checkpoint
+from files import UserError, atomic, flush, load_checkpoint, lock, remove_parts, save_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------
-# Errors.
+# Errors, and the end of a process.
+
+_at_end = contextlib.ExitStack()  # what `run` undoes when a script ends: the lock of its folder, its signal handlers
+
+
+class Stopped(BaseException):
+    """A signal ends the script where nothing is lost. Arguments: the line to print, the number of the signal."""
 
 
 def run(main):
-    """Call `main()`; turn bad input into one line on standard error and exit code 2 instead of a traceback."""
+    """Call `main()`; turn bad input into one line on standard error and exit code 2 instead of a traceback.
+
+    A signal gives 128 + its number (SIGINT 130, SIGTERM 143): the run is not finished, what waits for it must not start.
+    """
     try:
         main()
-    except UserError as error:
-        _stop(error)
-    except torch.OutOfMemoryError:
-        _stop("out of GPU memory; lower --micro-batch (the result stays the same) or --batch")
-    except OSError as error:  # a full disk, a path without permission: the system's own words are clear
-        _stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-    except KeyboardInterrupt:
-        print("\nstopped; a training run continues from its last checkpoint with the same command", file=sys.stderr)
-        sys.exit(130)
-    finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    except UserError as error:
+        _end(f"error: {error}")
+    except torch.OutOfMemoryError:
+        _end("error: out of GPU memory; lower --micro-batch (the result stays the same) or --batch")
+    except OSError as error:  # a full disk, a path without permission: the system's own words are clear
+        _end(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except Stopped as stop:
+        _end(stop.args[0], 128 + stop.args[1])
+    except KeyboardInterrupt:
+        _end("stopped; a training run continues from its last checkpoint with the same command", 130)
+    except Exception as error:
+        if _place()[1] == 1:
+            raise
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        _end(f"error: another rank has gone ({str(error).split('. ')[0]})" if lost else traceback.format_exc(), 1)
+    finally:
+        _at_end.close()
 
 
-def _stop(message):
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
+def _place():
+    """(rank, number of ranks) of this process, from torchrun's environment."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@functools.cache
+def _meeting_point():
+    """The small key-value store that all ranks share, under torchrun in torchrun's own process."""
+    return next(dist.rendezvous("env://"))[0]
+
+
+def _end(message, code=2):
+    """End this process with `message`. Of several ranks one speaks, and none waits for the others.
+
+    What all ranks meet is printed by the first of them, what one meets by that one. The others, which then lose contact
+    to it, find that it has been said. Neither NCCL's shutdown nor Python's is run: both can wait for ranks that are gone.
+    """
+    name = Path(sys.argv[0]).name
+    message = message.rstrip() if "Traceback" in message else " ".join(message.split())
+    rank, world_size = _place()
+    if rank > 0:
+        time.sleep(1)  # the first rank goes ahead
+        name += f", rank {rank}"
+    if world_size > 1:
+        with contextlib.suppress(Exception):  # without torchrun the store goes with the first rank
+            if _meeting_point().add("ended", 1) > 1:
+                os._exit(code)
+    with contextlib.suppress(OSError):  # a closed terminal
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
+    if world_size == 1:
+        sys.exit(code)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # for the last lines of torchrun's report
+        about = {"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}
+        Path(path).write_text(json.dumps(about))
+    os._exit(code)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -58,6 +111,8 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     precision: str = "fp32"
+    local_rank: int = 0  # place among the ranks of this machine
+    host_group: object = None  # of all ranks, for what concerns the host: gloo, with a time limit of days
 
     @property
     def is_main(self):
@@ -69,9 +124,10 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "fp32")
 
     def print(self, *args, **kwargs):
-        """Print from the first rank only."""
+        """Print from the first rank only. A closed terminal or pipe is no reason to end a run."""
         if self.is_main:
-            print(*args, **kwargs, flush=True)
+            with contextlib.suppress(OSError):
+                print(*args, **kwargs, flush=True)
 
     def sum(self, tensor):
         """Sum of `tensor` over the ranks, in place."""
@@ -79,54 +135,65 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
+    def agree(self, value):
+        """The largest of all ranks' `value` (an int). The hosts wait for each other, for days if need be; the GPUs do not.
+
+        It takes 0.1 to 0.2 ms on one machine. A rank that has ended makes it fail at once on the others.
+        """
+        box = torch.tensor(value)
+        if self.world_size > 1:
+            dist.all_reduce(box, dist.ReduceOp.MAX, group=self.host_group)
+        return box.item()
+
     def first(self, make):
-        """Value of `make()` from the first rank, given to all; an error there stops all of them."""
-        if self.world_size == 1:
-            return make()
-        box = [None]
-        if self.is_main:
-            try:
-                box = [(make(), None)]
-            except UserError as error:
-                box = [(None, str(error))]
-        dist.broadcast_object_list(box, src=0)
-        value, error = box[0]
-        if error is not None:
-            raise UserError(error)
-        return value
+        """Value of `make()` on the first rank, given to all. If it fails there, that rank ends and the others with it."""
+        box = [make() if self.is_main else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]
 
     def main_first(self, make):
-        """`make()` on every rank, the first one ahead of the others: it fills the caches that they then find."""
-        box = []
-        self.first(lambda: box.append(make()))
-        return box[0] if self.is_main else make()
+        """`make()` on every rank, one of each machine ahead of the others: it fills the caches that they then find.
+
+        The others wait as long as it takes, which may be the conversion of a large data set.
+        """
+        ahead = self.local_rank == 0
+        value = make() if ahead else None
+        self.agree(0)
+        return value if ahead else make()
 
 
-def start(device="auto", precision="fp32"):
+def start(device="auto", precision="fp32", alone=False):
     """Join the ranks that torchrun started (if it did) and choose the device and the precision.
 
     `device` is "auto", "cpu" or "cuda". `precision` is "fp32", "bf16", "fp16" or "auto": bf16 on GPUs that have
-    it, fp16 on older GPUs, fp32 on the CPU. "fp32" means float32 throughout: TF32 stays off.
+    it, fp16 on older GPUs, fp32 on the CPU. "fp32" means float32 throughout: TF32 stays off. `alone`: for scripts
+    that do not share their work among ranks.
     """
+    rank, world_size = _place()
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    if alone and world_size > 1:
+        raise UserError("this script does not share its work among ranks; start it with python, without torchrun")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if kind == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"more ranks than GPUs: lower --nproc-per-node to {torch.cuda.device_count()}")
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     if precision == "auto":
         precision = "fp32" if kind == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if precision == "fp16" and kind == "cpu":
         raise UserError("--precision fp16 is for GPUs; on the CPU use --precision bf16 or fp32")
+    host_group = None
+    if world_size > 1:  # a rank that fails ends the others at once; time limits are for connections that hang
+        hour = datetime.timedelta(hours=1)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", None, hour, world_size, rank, _meeting_point())
+        host_group = dist.new_group(timeout=168 * hour, backend="gloo")
     index = torch.cuda.current_device() if kind == "cuda" else None
-    return Runtime(torch.device(kind, index), rank, world_size, precision)
+    return Runtime(torch.device(kind, index), rank, world_size, precision, local_rank, host_group)
 
 
 class Learner:
@@ -209,6 +276,16 @@ class Log:
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
 
+    def values(self, name):
+        """{nimg: value} of the records that have a field `name`."""
+        records = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        return {record["nimg"]: record[name] for record in records if name in record}
+
+    def flush(self):
+        """Wait until all is on the disk."""
+        if self.path.exists():
+            flush(self.path)
+
 
 def peak_memory_gb(device):
     """The most memory that this process has held so far: on a GPU its tensors, on the CPU all of the process."""
@@ -262,7 +339,7 @@ def parse_args(parser, presets):
     add("--kimg", type=positive(float), metavar="N", help="length of the run, in thousands of images")
     add("--batch", type=positive(int), metavar="N", help="images per step, over all ranks")
     add("--micro-batch", type=positive(int), metavar="N", help="images at once on each rank (default: all of its share); "
-        "changes the memory, not the result")  # fmt: skip
+        "changes the memory only, up to rounding; masks of dropout follow it")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="seed of everything random")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is any")
     add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
@@ -272,12 +349,22 @@ def parse_args(parser, presets):
     add("--grid-kimg", type=positive(float), metavar="N", help="a sample grid every N thousand images")
     add("--save-kimg", type=positive(float), metavar="N", help="a checkpoint every N thousand images")
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--preset", choices=list(presets), default=next(iter(presets)))
-    parser.set_defaults(**presets[finder.parse_known_args()[0].preset])
+    finder.add_argument("--preset", nargs="?", default=next(iter(presets)))
+    parser.set_defaults(**presets.get(finder.parse_known_args()[0].preset, {}))
     args = parser.parse_args()
     if args.data is None:
         parser.error(f"--preset {args.preset} needs --data: a folder or a zip of images")
     return args
+
+
+class Parser(argparse.ArgumentParser):
+    """The command line of a script: `--help` shows its docstring and every default, a mistake is one line as all others."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message}; --help explains all flags")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -336,30 +423,40 @@ class Run:
 
     `parts` {name: network, optimiser or scaler} is what a continuation needs, the averaged weights under "ema". If the
     folder holds a checkpoint, they are restored from it: the same command again continues the run. Other settings than
-    those it was started with are refused. `values` holds plain values that are stored with them.
+    those it was started with are refused, and so is a second process in the same folder. While the run `goes_on`, a
+    signal (Ctrl-C, a cluster's SIGTERM, a closed terminal) makes all ranks stop after the same step, with a checkpoint.
     """
 
-    def __init__(self, args, rt, stage, parts, **values):
+    def __init__(self, args, rt, stage, parts):
         self.dir, self.rt, self.kind, self.stage = Path(args.outdir), rt, f"training state of {stage}", stage
-        self.parts, self.values = parts, values
+        self.parts = parts
         self.settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
         self.total_nimg = -(-round(args.kimg * 1000) // args.batch) * args.batch  # whole batches
-        self.batch, self.nimg, self.stopping = args.batch, 0, False
+        self.batch, self.nimg = args.batch, 0
         self.sums, self.logged_nimg = {}, 0  # of the log: sums over the images since the last line
+        self.signal, self.signal_time = 0, 0.0  # number of the signal that this rank got, or 0
+        self.stopping = 0  # number of the signal after which all ranks agreed to stop, or 0
+        self.listening = self.resting = False
         path = self.dir / "checkpoint.pt"
+        if rt.is_main:
+            if locked := lock(self.dir / ".lock", self.dir):
+                _at_end.enter_context(locked)
+                remove_parts(self.dir)
         if path.exists():
             state = load_checkpoint(path)
             self._check(path, state)
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             self.nimg = state["nimg"]
-            self.values = {key: state.get(key, value) for key, value in values.items()}
             self.logged_nimg = state.get("logged_nimg", self.nimg)
             if rt.is_main:  # the sums over the ranks
                 self.sums = {name: value.to(rt.device) for name, value in state.get("sums", {}).items()}
+        if (nimg := rt.first(lambda: self.nimg)) != self.nimg:
+            raise UserError(f"{path} is at {self.nimg / 1000:g} kimg here and at {nimg / 1000:g} where the first rank runs; "
+                            "--outdir must be on a disk that all machines share")  # fmt: skip
+        if self.nimg:
             rt.print(f"continuing {self.dir} at {self.nimg / 1000:g} kimg")
         if rt.is_main:
-            self.dir.mkdir(parents=True, exist_ok=True)
             self.log = Log(self.dir / "log.jsonl", self.nimg)
         self.progress = Progress(self.nimg, self.total_nimg)
         self.advice = f"training diverged; the last checkpoint in {self.dir} is untouched. Try a lower --lr, or --precision fp32"
@@ -375,17 +472,57 @@ class Run:
                 raise UserError(f"{path} was trained with {flag} {old}, not {new}; continue with {old} or choose another --outdir")
 
     def goes_on(self):
-        """Whether there is another step to take."""
+        """Whether there is another step to take. From the first call on, signals wait for the end of a step."""
+        if not self.listening:
+            self.listening = True
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number and signal.getsignal(number) is not signal.SIG_IGN:  # which is what nohup does
+                    _at_end.callback(signal.signal, number, signal.signal(number, self._on_signal))
         return self.nimg < self.total_nimg and not self.stopping
 
+    def _on_signal(self, number, frame):
+        if self.resting:
+            self._stop(number)
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self.signal_time = number, now
+            with contextlib.suppress(OSError):  # a closed terminal; not by print, in which the signal may have come
+                if self.rt.is_main:
+                    os.write(2, b"\nstopping after this step; a second signal ends the run at once\n")
+        elif now > self.signal_time + 2:  # the same one can come twice, from the cluster and from torchrun
+            os._exit(128 + number)
+
+    def _stop(self, number):
+        raise Stopped(f"{self.stage} stopped at {self.nimg / 1000:g} kimg; the same command continues it", number)
+
+    @contextlib.contextmanager
+    def at_rest(self):
+        """Around long work that changes nothing, after `save`: there a signal ends the script at once."""
+        self.resting = True
+        if self.signal:
+            self._stop(self.signal)
+        yield
+        self.resting = False
+
     def advance(self):
-        """Count the step that was just taken."""
+        """Count the step that was just taken. If any rank got a signal, all of them are `stopping` from here on."""
         self.nimg += self.batch
+        self.stopping = self.rt.agree(self.signal)
 
     def due(self, kimg):
         """Whether the step that has just reached `nimg` images crossed a multiple of `kimg`, or was the last."""
         every = kimg * 1000
         return self.nimg // every > (self.nimg - self.batch) // every or self.nimg >= self.total_nimg
+
+    def since(self, kimg):
+        """Number of images since something was due every `kimg`, before this step."""
+        every = kimg * 1000
+        return int(self.nimg - (self.nimg - self.batch) // every * every)
+
+    def lacks(self, name, kimg):
+        """Whether `name` is due for the log here and not yet in it: a stop can have come between a step and its measurement."""
+        return self.nimg > 0 and self.due(kimg) and self.rt.first(lambda: self.nimg not in self.log.values(name))
 
     def add(self, **values):
         """Add tensors to the sums that the next log line is made of. Stays on the device: nothing waits for it."""
@@ -421,7 +558,7 @@ class Run:
     def save(self, write_networks):
         """Write the network files by `write_networks()`, then the checkpoint from which the run continues.
 
-        In this order, and both by the first rank: a run that is killed in between writes the former again.
+        In this order, and both by the first rank: a run that is killed in between takes the steps again, and writes both.
         """
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(bool(v.isfinite().all()) for v in state["ema"].values()):
@@ -429,12 +566,13 @@ class Run:
         sums = self.summed()
         if self.rt.is_main:
             write_networks()
+            self.log.flush()
             about = {"kind": self.kind, "settings": self.settings, "nimg": self.nimg, "logged_nimg": self.logged_nimg}
-            save_checkpoint({**about, "sums": sums, **self.values, **state}, self.dir / "checkpoint.pt")
+            save_checkpoint({**about, "sums": sums, **state}, self.dir / "checkpoint.pt")
 
     def finish(self):
-        """Say how the run ended."""
-        if self.stopping:
-            self.rt.print(f"{self.stage} stopped at {self.nimg / 1000:g} kimg; the same command continues it")
-        else:
-            self.rt.print(f"{self.stage} is done: {self.dir / 'network.pt'}")
+        """Say how the run ended; after a signal, end the script."""
+        self.rt.agree(0)  # torchrun ends all ranks when one is gone: the first has its files written by now
+        if self.nimg < self.total_nimg:
+            self._stop(self.stopping)
+        self.rt.print(f"{self.stage} is done: {self.dir / 'network.pt'}")

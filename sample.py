@@ -12,7 +12,6 @@ Writes a PNG grid (`--out grid.png`), a folder of PNGs (`--out folder`) or a bat
     python sample.py --network edm-imagenet-64x64-cond-adm.pkl --n 64 --class 207 --out dogs.png
 """
 
-import argparse
 import math
 from pathlib import Path
 
@@ -120,10 +119,19 @@ def choose(net, ratio, indices, seed, device, candidates, sigma, label=None, bes
     return images, labels, 1 / weights.square().sum(dim=1)
 
 
-def preview(net, path, seed, device, n=64):
-    """Write a PNG grid of n samples, to look at while training. Of latents, the first three channels stand for RGB."""
-    z, labels = inputs(net.config, range(n), seed, device)
-    images = data.to_uint8(generate(net, z, labels)[:, :3])
+def preview(net, path, seed, rt, evaluations):
+    """Write a PNG grid of up to 64 samples, to look at while training. Of latents, the first three channels stand for RGB.
+
+    It takes at most so many evaluations of `net`: fewer images, or none. A training step costs three or more an image.
+    """
+    n = min(64, evaluations // (1 if net.about["role"] == "generator" else 35))
+    if n == 0:
+        rt.print(f"no {path.name}: too few images were trained on to spend the time of a sample on them")
+        return
+    rt.print(f"drawing {path.name} ({n} images)")
+    z, labels = inputs(net.config, range(n), seed, rt.device)
+    with rt.autocast():
+        images = data.to_uint8(generate(net, z, labels)[:, :3])
     data.save_grid(images, path, columns=8, scale=max(1, 32 // net.config.img_resolution))
 
 
@@ -151,7 +159,7 @@ def latent_decoder(device, vae):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runtime.HelpFormatter, allow_abbrev=False)
+    parser = runtime.Parser(__doc__)
     add = parser.add_argument
     add("--network", default=DIGITS, metavar="PATH", help="network.pt of either stage, or a published EDM or EDM2 pickle")
     add("--n", type=runtime.positive(int), default=64, metavar="N", help="number of images")
@@ -173,7 +181,7 @@ def arguments():
 
 def main():
     args = arguments()
-    rt = runtime.start(args.device, args.precision)
+    rt = runtime.start(args.device, args.precision, alone=True)
     net = checkpoints.load_network(args.network)
     role, config = net.about["role"], net.config
     if args.one_step and role != "denoiser":

@@ -41,7 +41,7 @@ import pretrain
 import runtime
 import sample
 from files import UserError
-from runtime import HelpFormatter, positive
+from runtime import Parser, positive
 
 # ---------------------------------------------------------------------------------------------------------
 # Settings. The defaults of each preset; every flag overrides.
@@ -102,7 +102,7 @@ PRESETS = {
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--divergence", choices=list(DIVERGENCES), help="what the generator minimises")
     add("--init", metavar="PATH|random", help="network of stage 1, or random weights (which collapse)")
@@ -215,7 +215,6 @@ def main():
         args, rt, "stage 2",
         dict(generator=generator, ratio=ratio, ema=ema, generator_opt=generator_learner.optimizer,
              ratio_opt=ratio_learner.optimizer, generator_scaler=generator_learner.scaler, ratio_scaler=ratio_learner.scaler),
-        best_fid=None,
     )  # fmt: skip
     if args.compile:
         generator.compile()
@@ -250,6 +249,25 @@ def main():
         run.add(generator_loss=loss.sum())
         return loss
 
+    def write(name, net, role, **extra):
+        about = dict(nimg=run.nimg, data=dataset.name, divergence=args.divergence, t_init=args.t_init)
+        checkpoints.save_network(run.dir / name, net, role=role, **about, **extra)
+
+    def write_networks():
+        write("network.pt", ema, "generator")
+        write("ratio.pt", ratio, "ratio")
+
+    def log_fid():
+        """Measure FID if it is due and not in the log, and keep the generator if it is the best so far."""
+        if not measure_fid or not run.lacks("fid", args.fid_every):
+            return
+        with run.at_rest():
+            value = measure_fid(ema)
+            if rt.is_main and value < min(run.log.values("fid").values(), default=math.inf):
+                write("network-best.pt", ema, "generator", fid=value)
+            run.note({"fid": value}, f"FID {value:.4g} of {args.fid_images} samples")
+
+    log_fid()  # if the run was stopped before this
     while run.goes_on():
         factor = learning_rate_factor(args, run.nimg)
 
@@ -283,23 +301,11 @@ def main():
             loss = sums["generator_loss"].item() / images
             run.report({"generator_loss": loss, "ratio_loss": cross_entropy, "ratio_accuracy": accuracy, "bands": bands},
                        f"generator {loss:+.4f}  ratio {cross_entropy:.4f}, {100 * accuracy:.1f} % right")  # fmt: skip
-        if run.due(args.grid_kimg) and rt.is_main:
-            sample.preview(ema, run.dir / f"samples-{run.nimg // 1000:06d}.png", args.seed, rt.device)
-        about = dict(nimg=run.nimg, data=dataset.name, divergence=args.divergence, t_init=args.t_init)
-        if measure_fid and run.due(args.fid_every):
-            value, best = measure_fid(ema), run.values["best_fid"]
-            run.note({"fid": value}, f"FID {value:.4g} of {args.fid_images} samples")
-            if best is None or value < best:
-                run.values["best_fid"] = value
-                if rt.is_main:
-                    checkpoints.save_network(run.dir / "network-best.pt", ema, role="generator", fid=value, **about)
-        if run.due(args.save_kimg) or run.stopping:
-
-            def write_networks():
-                checkpoints.save_network(run.dir / "network.pt", ema, role="generator", **about)
-                checkpoints.save_network(run.dir / "ratio.pt", ratio, role="ratio", **about)
-
+        if run.due(args.save_kimg) or run.stopping or args.fid_every and run.due(args.fid_every):
             run.save(write_networks)
+        if run.due(args.grid_kimg) and rt.is_main:
+            sample.preview(ema, run.dir / f"samples-{run.nimg // 1000:06d}.png", args.seed, rt, run.since(args.grid_kimg) // 16)
+        log_fid()
     run.finish()
 
 

@@ -5,7 +5,6 @@ distances in the features of the stage-1 network (fid.py --features): between ra
 samples to a half, at equal numbers of images.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -37,13 +36,13 @@ def nearest_digit_shares(images, dataset):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runtime.HelpFormatter)
+    parser = runtime.Parser(__doc__)
     parser.add_argument("--pretrained", default="runs/digits/pretrain/network.pt", metavar="PATH", help="network of stage 1")
     parser.add_argument("--generator", default="runs/digits/dijs/network.pt", metavar="PATH", help="network of stage 2")
     parser.add_argument("--outdir", default="runs/digits", metavar="DIR", help="where demo.png goes")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the halves and the samples")
     args = parser.parse_args()
-    rt = runtime.start()
+    rt = runtime.start(alone=True)
     dataset = data.load("digits")
     extractor = fid.network_features(rt, args.pretrained)
 

@@ -1,4 +1,71 @@
+"""What the tests of the scripts share."""
+
+import os
+import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import checkpoints  # noqa: E402
+import runtime  # noqa: E402
+
+@pytest.fixture
+def one_thread():
+    """Sums in one order, so that equal runs are equal to the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Function (script module, *arguments): run a script in this process, as the command line would."""
+
+    def run(script, *args):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, args)])
+        runtime.run(script.main)
+
+    return run
+
+
+@pytest.fixture
+def refused(call, capsys):
+    """Function (script, *arguments) -> the one line with which the script refuses them, at exit code 2."""
+
+    def run(script, *args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            call(script, *args)
+        assert stop.value.code == 2
+        error = capsys.readouterr().err.strip()
+        assert "Traceback" not in error and "\n" not in error, error
+        return error
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def stage1(tmp_path_factory):
+    """A short but useful stage 1 on the digits: the folder with its network.pt."""
+    out = tmp_path_factory.mktemp("stage1")
+    command = [sys.executable, ROOT / "pretrain.py", "--kimg", "16", "--ema-halflife-kimg", "2", "--outdir", out, "--device", "cpu"]
+    subprocess.run([str(c) for c in command], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    return out
+
+
+SHORT = ["--device", "cpu", "--kimg", "0.256", "--batch", "32", "--grid-kimg", "100"]  # eight steps
+
+
+def weights(path):
+    """The tensors of a network file."""
+    return checkpoints.load_network(path).state_dict()
+
+
+def same(a, b, atol=0.0):
+    """Whether two sets of tensors are equal, up to `atol`."""
+    return all(torch.allclose(a[k], b[k], rtol=0, atol=atol) for k in a) and a.keys() == b.keys()

@@ -1,0 +1,370 @@
+"""Promises of a run: it continues exactly after any stop, ranks and micro-batches change nothing, a failure is one line.
+
+What happens at a chosen step or in a chosen rank is brought about there, never by waiting.
+"""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHORT, same, weights
+
+import checkpoints
+import data
+import fid
+import files
+import networks
+import pretrain
+import runtime
+import sample
+import train_diffratio
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def scripts(stage1):
+    """(module, its flags) of both stages; the decay would follow the length."""
+    return [(pretrain, []), (train_diffratio, ["--init", stage1 / "network.pt", "--lr-decay-kimg", "0.256"])]
+
+
+def log_of(folder):
+    """The records of a log without what depends on the machine."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("images_per_second", "peak_memory_gb")} for r in records]
+
+
+def assert_equal(a, b):
+    """Plain data with tensors, equal to the last bit."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_equal(x, y)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def assert_same_run(a, b):
+    """The folders hold the same state, the same log and the same networks, and nothing is left of what was stopped."""
+    assert_equal(files.load_checkpoint(a / "checkpoint.pt"), files.load_checkpoint(b / "checkpoint.pt"))
+    assert log_of(a) == log_of(b)
+    assert sorted(f.name for f in a.iterdir()) == sorted(f.name for f in b.iterdir())
+    for network in a.glob("network*.pt"):
+        assert_equal(weights(network), weights(b / network.name))
+
+
+def python(text, *args, ranks=0):
+    """Run the program `text` in a process of its own, or in several ranks that torchrun starts."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", ranks, "--no-python", sys.executable] if ranks else []
+    path = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[0] = 'script.py'\n"
+    command = [sys.executable, *launcher, "-c", path + text, *args]
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def said(done):
+    """The lines that the program itself wrote on standard error, without torchrun's."""
+    return [line for line in done.stderr.splitlines() if line.startswith("script.py")]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Any stop.
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_longer_run_continues_a_shorter_one_exactly(call, stage1, tmp_path, stage):
+    script, args = scripts(stage1)[stage]
+    call(script, *args, *SHORT, "--outdir", tmp_path / "whole", "--log-kimg", "0.064")
+    call(script, *args, *SHORT, "--outdir", tmp_path / "parts", "--log-kimg", "0.064", "--kimg", "0.128")
+    call(script, *args, *SHORT, "--outdir", tmp_path / "parts", "--log-kimg", "0.064")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("stage, number", [(0, signal.SIGTERM), (1, signal.SIGINT), (1, signal.SIGHUP)])
+def test_a_signal_ends_the_step_and_the_run_continues_exactly(call, stage1, tmp_path, monkeypatch, capsys, stage, number):
+    """Between two log lines: their sums go on as well. The same signal comes twice, as from a cluster and from torchrun."""
+    script, args = scripts(stage1)[stage]
+    args = [*args, *SHORT, "--log-kimg", "0.128"]
+    call(script, *args, "--outdir", tmp_path / "whole")
+    before = signal.signal(number, signal.default_int_handler)  # whoever started the tests may have it ignored
+    advance = runtime.Run.advance
+
+    def signalled(run):
+        if run.nimg == 64:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        advance(run)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(runtime.Run, "advance", signalled)
+        call(script, *args, "--outdir", tmp_path / "parts")
+    assert stop.value.code == 128 + number
+    assert f"stage {stage + 1} stopped at 0.096 kimg; the same command continues it" in capsys.readouterr().err
+    assert signal.signal(number, before) is signal.default_int_handler  # the run has put back what it found
+    call(script, *args, "--outdir", tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_second_signal_ends_the_run_at_once(tmp_path):
+    done = python("""
+import os, pretrain, runtime, signal
+def signalled(run):
+    os.kill(os.getpid(), signal.SIGTERM)
+    run.signal_time -= 60
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still here")
+runtime.Run.advance = signalled
+runtime.run(pretrain.main)""", *SHORT, "--outdir", tmp_path)  # fmt: skip
+    assert done.returncode == 128 + signal.SIGTERM and "still here" not in done.stdout
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_signal_during_fid_loses_nothing(call, stage1, tmp_path, monkeypatch):
+    """Everything is saved before the measurement, which is made up for at the next start."""
+    script, args = scripts(stage1)[1]
+    args = [*args, *SHORT, "--fid-every", "0.128", "--fid-images", "100", "--fid-features", stage1 / "network.pt"]
+    call(script, *args, "--outdir", tmp_path / "whole")
+    assert len([r for r in log_of(tmp_path / "whole") if "fid" in r]) == 2
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the measurement went on")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(fid, "measure", signalled)
+        call(script, *args, "--outdir", tmp_path / "parts")
+    assert stop.value.code == 143
+    call(script, *args, "--outdir", tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_kill_between_the_network_and_the_checkpoint_is_made_good(call, tmp_path):
+    """SIGKILL when network.pt is new and half of the checkpoint is written: the next start repairs both."""
+    args = [*SHORT, "--save-kimg", "0.128", "--outdir"]
+    call(pretrain, *args, tmp_path / "whole")
+    done = python("""
+import files, os, pretrain, runtime, signal
+save = runtime.save_checkpoint
+def killed(state, path):
+    if state["nimg"] == 128:
+        return save(state, path)
+    with files.atomic(path) as part:
+        part.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+runtime.save_checkpoint = killed
+runtime.run(pretrain.main)""", *args, tmp_path / "parts")  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "parts").glob(".*.part"))) == 1
+    call(pretrain, *args, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_second_process_is_refused_with_a_line_that_names_the_first(call, refused, tmp_path):
+    call(pretrain, *SHORT, "--kimg", "0.032", "--outdir", tmp_path)
+    checkpoint = (tmp_path / "checkpoint.pt").read_bytes()
+    with files.lock(tmp_path / ".lock", tmp_path):
+        line = refused(pretrain, *SHORT, "--outdir", tmp_path)
+    assert f"{tmp_path} is in use by process {os.getpid()} on " in line and " since 20" in line
+    assert (tmp_path / "checkpoint.pt").read_bytes() == checkpoint
+    call(pretrain, *SHORT, "--outdir", tmp_path)
+
+
+def test_without_locks_a_run_is_warned_and_goes_on(call, tmp_path, monkeypatch, capsys):
+    def unsupported(*args):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(files.fcntl, "flock", unsupported)
+    other = tmp_path / ".network.pt.elsewhere.1.part"
+    other.write_bytes(b"of a process that may be alive")
+    call(pretrain, *SHORT, "--kimg", "0.032", "--outdir", tmp_path)
+    assert "cannot be locked" in capsys.readouterr().err and other.exists() and (tmp_path / "network.pt").exists()
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_replaces_a_file_is_on_the_disk_by_then(tmp_path, monkeypatch, folder):
+    """The content, then the new name: each is flushed, in this order."""
+    order, fsync, replace = [], os.fsync, os.replace
+
+    def noted(descriptor):
+        order.append(os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(str(tmp_path)).split(".")[-1])
+        fsync(descriptor)
+
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", lambda *args: (order.append("replace"), replace(*args)))
+    with files.atomic(tmp_path / "x") as part:
+        if folder:
+            part.mkdir()
+            (part / "inside.txt").write_text("content")
+        else:
+            part.write_text("content")
+    assert order == ["txt"] * folder + ["part", "replace", ""]
+
+
+def test_log_forgets_what_came_after_the_checkpoint(tmp_path):
+    log = runtime.Log(tmp_path / "log.jsonl")
+    for nimg in (100, 200, 300):
+        log.write({"nimg": nimg})
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"nimg": 4')  # the process was killed while it wrote
+    runtime.Log(tmp_path / "log.jsonl", resume_at=200)
+    assert [record["nimg"] for record in log_of(tmp_path)] == [100, 200]
+
+
+def test_a_closed_terminal_does_not_end_a_run(call, tmp_path, monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    call(pretrain, *SHORT, "--outdir", tmp_path)
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Any division of the work.
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_micro_batches_do_not_change_the_result(call, stage1, tmp_path, stage):
+    """Up to rounding: sums are taken in another order. Dropout is off (the digits have none)."""
+    script, args = scripts(stage1)[stage]
+    call(script, *args, *SHORT, "--outdir", tmp_path / "one")
+    call(script, *args, *SHORT, "--outdir", tmp_path / "four", "--micro-batch", "8")
+    assert same(weights(tmp_path / "one" / "network.pt"), weights(tmp_path / "four" / "network.pt"), atol=2e-4)
+    assert not same(weights(tmp_path / "one" / "network.pt"), weights(stage1 / "network.pt"), atol=2e-4)
+
+
+@pytest.mark.parametrize("stage, precision", [(0, "bf16"), (1, "fp32")])
+def test_ranks_micro_batches_and_compilation_may_change_within_a_run(call, stage1, tmp_path, monkeypatch, stage, precision):
+    """One rank; two with micro-batches and FID, one of which gets SIGTERM; one, compiled: the result of one rank throughout.
+
+    In float32 up to rounding: the weights are moved by 8 steps of at most 5e-4. In bfloat16 products have 8 bits, of which
+    sums over another order lose some, so that Adam's first steps, which follow signs, part where gradients are near zero.
+    """
+    script, args = scripts(stage1)[stage]
+    args = [*args, *SHORT, "--precision", precision, "--log-kimg", "0.064"]
+    if stage == 1:
+        args += ["--fid-every", "0.064", "--fid-images", "100", "--fid-features", stage1 / "network.pt"]
+    call(script, *args, "--outdir", tmp_path / "one")
+    call(script, *args, "--outdir", tmp_path / "parts", "--kimg", "0.064")
+
+    done = python(f"""
+import os, runtime, signal, {script.__name__} as script
+advance = runtime.Run.advance
+def signalled(run):
+    if run.nimg == 128 and run.rt.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    advance(run)
+runtime.Run.advance = signalled
+runtime.run(script.main)""", *args, "--outdir", tmp_path / "parts", "--micro-batch", "8", ranks=2)  # fmt: skip
+    assert [line.split("error: ")[-1] for line in said(done)] == [
+        f"script.py: stage {stage + 1} stopped at 0.16 kimg; the same command continues it"
+    ], done.stderr
+    assert done.returncode != 0 and files.load_checkpoint(tmp_path / "parts" / "checkpoint.pt")["nimg"] == 160
+
+    compiled = functools.partialmethod(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(networks.Denoiser, "compile", compiled)
+    monkeypatch.setattr(networks.RatioNetwork, "compile", compiled)
+    call(script, *args, "--outdir", tmp_path / "parts", "--compile")
+    one, parts = log_of(tmp_path / "one"), log_of(tmp_path / "parts")
+    assert [r.keys() for r in one] == [r.keys() for r in parts]
+    tolerance = 2e-4 if precision == "fp32" else 2e-3
+    assert same(weights(tmp_path / "one" / "network.pt"), weights(tmp_path / "parts" / "network.pt"), atol=tolerance)
+    for a, b in zip(one, parts):
+        for key in a.keys() - {"nimg", "bands"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-3 if precision == "fp32" else 2e-2), key
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Several ranks, several machines.
+
+
+def test_a_mistake_that_all_ranks_make_is_printed_once(stage1, tmp_path):
+    done = python("import runtime, sample; runtime.run(sample.main)", "--network", stage1 / "network.pt", ranks=2)
+    assert len(said(done)) == 1 and "without torchrun" in said(done)[0] and done.returncode != 0
+    assert "without torchrun" in done.stderr.splitlines()[-2]  # the last words of torchrun's report
+
+
+def test_a_mistake_of_one_rank_is_printed_by_it_and_ends_all(tmp_path):
+    """A full disk on the first rank while the others wait for it; a missing file on the second while the first goes on."""
+    for rank in (0, 1):
+        done = python(f"""
+import runtime, torch
+from files import UserError
+def main():
+    rt = runtime.start("cpu")
+    if {rank} == 1 == rt.rank:
+        raise UserError("no such file on this machine")
+    def fail():
+        raise OSError(28, "No space left on device", "checkpoint.pt")
+    rt.first(fail if {rank} == 0 else lambda: 1)
+    for i in range(1000):
+        rt.sum(torch.ones(1))
+runtime.run(main)""", ranks=2)  # fmt: skip
+        expected = ["script.py: error: No space left on device: checkpoint.pt", "script.py, rank 1: error: no such file on this machine"]
+        assert said(done) == [expected[rank]] and done.returncode != 0, done.stderr
+
+
+def test_one_rank_of_each_machine_converts_and_the_others_wait_without_a_time_limit(tmp_path):
+    """Two ranks of one machine, then of two machines without a common cache."""
+    data.write_images([(np.zeros((5, 8, 8, 3), np.uint8), None)], tmp_path / "set", 5)
+    done = python("""
+import data, os, pathlib, runtime, sys
+import torch.distributed as dist
+folder, cache = sys.argv[1:]
+data.MEMORY_LIMIT = 0
+rank = int(os.environ["RANK"])
+def main():
+    rt = runtime.start("cpu")
+    for name in ("all_reduce", "broadcast"):  # no wait in the group of the gradients, which has a time limit
+        def checked(*args, group=None, f=getattr(dist, name), **kwargs):
+            assert group is rt.host_group
+            return f(*args, group=group, **kwargs)
+        setattr(dist, name, checked)
+    for local_rank, place in ((rank, "one machine"), (0, f"machine {rank}")):
+        rt = runtime.dataclasses.replace(rt, local_rank=local_rank)
+        rt.agree(0)
+        print(f"{place}:", file=sys.stderr, flush=True)
+        assert len(rt.main_first(lambda: data.load(folder, pathlib.Path(cache, place)))) == 5
+runtime.run(main)""", tmp_path / "set", tmp_path / "cache", ranks=2)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    converted = [line for line in done.stderr.splitlines() if line.startswith("converting")]
+    places = [place for place in ("one machine", "machine 0", "machine 1") for line in converted if f"/{place}/" in line]
+    assert places == ["one machine", "machine 0", "machine 1"], done.stderr
+
+
+def test_ranks_that_do_not_share_the_folder_are_stopped(call, tmp_path):
+    call(pretrain, *SHORT, "--kimg", "0.064", "--outdir", tmp_path / "0")
+    done = python("""
+import os, pretrain, runtime
+sys.argv[-1] += os.environ["RANK"]
+runtime.run(pretrain.main)""", *SHORT, "--outdir", f"{tmp_path}/", ranks=2)  # fmt: skip
+    assert len(said(done)) == 1 and "at 0 kimg here and at 0.064 where the first rank runs" in said(done)[0], done.stderr
+    assert "--outdir must be on a disk that all machines share" in said(done)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Small things.
+
+
+def test_a_preview_costs_no_more_than_it_may(stage1, tmp_path, capsys):
+    """Images times evaluations of the network; too few for one image are said instead."""
+    net, rt, evaluations = checkpoints.load_network(stage1 / "network.pt"), runtime.start("cpu"), []
+    forward = net.forward
+    net.forward = lambda x, *args: (evaluations.append(len(x)), forward(x, *args))[1]
+    for budget, images in ((34, 0), (100, 2), (10**6, 64)):
+        evaluations.clear()
+        sample.preview(net, tmp_path / f"{budget}.png", 0, rt, budget)
+        assert sum(evaluations) == 35 * images and (tmp_path / f"{budget}.png").exists() == (images > 0)
+        assert f"{budget}.png" in capsys.readouterr().out
