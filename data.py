@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -136,14 +137,20 @@ def to_uint8(x):
 
 def normalise_latents(latents):
     """VAE latents [n, 4, h, w] -> what a network sees, of standard deviation 0.5 per channel."""
-    mean, std = (latents.new_tensor(v).view(1, 4, 1, 1) for v in (LATENT_MEAN, LATENT_STD))
+    mean, std = _latent_statistics(latents.device)
     return (latents - mean) / std * LATENT_SCALE
 
 
 def denormalise_latents(x):
     """The inverse of `normalise_latents`: [n, 4, h, w], ready for the VAE's decoder."""
-    mean, std = (x.new_tensor(v).view(1, 4, 1, 1) for v in (LATENT_MEAN, LATENT_STD))
+    mean, std = _latent_statistics(x.device)
     return x / LATENT_SCALE * std + mean
+
+
+@functools.cache
+def _latent_statistics(device):
+    """LATENT_MEAN and LATENT_STD as [1, 4, 1, 1], once per device: each copy from a list would make the GPU wait."""
+    return [torch.tensor(values, device=device).view(1, 4, 1, 1) for values in (LATENT_MEAN, LATENT_STD)]
 
 
 class Batches:

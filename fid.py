@@ -28,6 +28,7 @@ import torch.nn.functional as F
 import checkpoints
 import data
 import files
+import networks
 import runtime
 from files import UserError
 from runtime import positive
@@ -279,8 +280,7 @@ def network_features(rt, path):
 
     The images stay clean, the network is told sigma = 0.2; so the features are deterministic.
     """
-    net = checkpoints.load_network(path, role="denoiser").requires_grad_(False)
-    net = net.to(rt.device, memory_format=torch.channels_last)
+    net = networks.place(checkpoints.load_network(path, role="denoiser").requires_grad_(False), rt.device)
     shape = (net.config.img_resolution, net.config.img_resolution, net.config.img_channels)
 
     def function(images):

@@ -115,32 +115,46 @@ def one_hot(labels, label_dim, like):
 # Pieces that the architectures share.
 
 
-def resample(x, mode, taps=(1, 1)):
-    """Halve ("down") or double ("up") the resolution of x with the separable filter `taps`; "keep" returns x."""
+def own_precision(x):
+    """Context in which operations run in the type of x, whatever autocast does to them.
+
+    On GPUs autocast computes norms and up-sampling in float32, and autograd then keeps float32 of them. The kernel of
+    GroupNorm takes its sums in float32 all the same, and repeating pixels has nothing to round.
+    """
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def resample(x, mode, kernel=None):
+    """Halve ("down") or double ("up") the resolution of x; "keep" returns x.
+
+    kernel: the low-pass filter [1, 1, k, k] with sum one; None and k = 2 are the 2x2 box.
+    """
     if mode == "keep":
         return x
-    if len(taps) == 2:  # the 2x2 box: plain averaging and plain repetition
-        return F.avg_pool2d(x, 2) if mode == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
-    kernel = filter_2d(taps, x).expand(x.shape[1], 1, -1, -1)
-    padding = (len(taps) - 1) // 2
+    if kernel is None or kernel.shape[-1] == 2:  # plain averaging and plain repetition
+        with own_precision(x):
+            return F.avg_pool2d(x, 2) if mode == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
+    kernel, padding = kernel.expand(x.shape[1], 1, -1, -1), (kernel.shape[-1] - 1) // 2
     if mode == "down":
         return F.conv2d(x, kernel, stride=2, padding=padding, groups=x.shape[1])
     return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=padding, groups=x.shape[1])
 
 
-def filter_2d(taps, like=None):
+def filter_2d(taps):
     """Outer product of the 1-d filter with itself, summing to one: [1, 1, k, k]."""
-    taps = torch.tensor(taps, dtype=torch.float32) if like is None else like.new_tensor(taps)
+    taps = torch.tensor(taps, dtype=torch.float32)
     return (taps[:, None] * taps[None, :] / taps.sum() ** 2)[None, None]
 
 
 def attention(qkv, heads, transform=lambda x: x):
     """Self-attention over positions. qkv [N, 3C, H, W], channels laid out [head, channel, (q, k, v)] -> [N, C, H, W].
 
-    `transform` acts on [N, heads, C / heads, 3, H W] before the split (EDM2 normalises there).
+    `transform` acts on [3, N, H W, heads, C / heads] (EDM2 normalises there). The one copy makes the channels of a head
+    neighbours in memory: without that the fused kernels refuse, and the full [H W, H W] matrix is computed and kept.
     """
     n, c, h, w = qkv.shape
-    q, k, v = transform(qkv.reshape(n, heads, -1, 3, h * w)).transpose(2, 4).unbind(3)  # each [N, heads, H W, C / heads]
+    qkv = qkv.reshape(n, heads, -1, 3, h * w).permute(3, 0, 4, 1, 2).contiguous()
+    q, k, v = transform(qkv).transpose(2, 3)  # each [N, heads, H W, C / heads]
     return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, c // 3, h, w)
 
 
@@ -169,12 +183,18 @@ def initialise(module, architecture, gain=1.0):
     return module
 
 
-def group_norm(channels, eps):
-    """GroupNorm with at least 4 channels a group and at most 32 groups."""
-    groups = min(32, channels // 4)
-    if channels % groups:
-        raise UserError(f"{channels} channels do not divide into {groups} groups; choose model_channels as a multiple of 32")
-    return nn.GroupNorm(groups, channels, eps)
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm with at least 4 channels a group and at most 32 groups; its result has the type of its input."""
+
+    def __init__(self, channels, eps):
+        groups = min(32, channels // 4)
+        if channels % groups:
+            raise UserError(f"{channels} channels do not divide into {groups} groups; choose model_channels as a multiple of 32")
+        super().__init__(groups, channels, eps)
+
+    def forward(self, x):
+        with own_precision(x):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Resample(nn.Module):
@@ -182,11 +202,11 @@ class Resample(nn.Module):
 
     def __init__(self, mode, taps):
         super().__init__()
-        self.mode, self.taps = mode, taps
+        self.mode = mode
         self.register_buffer("resample_filter", filter_2d(taps))
 
     def forward(self, x):
-        return resample(x, self.mode, self.taps)
+        return resample(x, self.mode, self.resample_filter)
 
 
 class Conv2d(nn.Conv2d):
@@ -194,12 +214,11 @@ class Conv2d(nn.Conv2d):
 
     def __init__(self, in_channels, out_channels, kernel, mode="keep", taps=(1, 1)):
         super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
-        self.mode, self.taps = mode, taps
-        if mode != "keep":
-            self.register_buffer("resample_filter", filter_2d(taps))
+        self.mode = mode
+        self.register_buffer("resample_filter", None if mode == "keep" else filter_2d(taps))
 
     def forward(self, x):
-        return super().forward(resample(x, self.mode, self.taps))
+        return super().forward(resample(x, self.mode, self.resample_filter))
 
 
 class FusedDownConv2d(Conv2d):
@@ -210,7 +229,7 @@ class FusedDownConv2d(Conv2d):
 
     def forward(self, x):
         x = F.conv2d(x, self.weight, padding=2)
-        kernel = filter_2d(self.taps, x).expand(x.shape[1], 1, -1, -1)
+        kernel = self.resample_filter.expand(x.shape[1], 1, -1, -1)
         return F.conv2d(x, kernel, stride=2, groups=x.shape[1]) + self.bias.to(x.dtype)[:, None, None]
 
 
@@ -253,12 +272,12 @@ class Block(nn.Module):
         kind = _EDM_BLOCKS[arch]
         eps, taps = kind["eps"], kind["taps"]
         self.dropout, self.skip_scale, self.adaptive_scale = config.dropout, kind["skip_scale"], kind["adaptive_scale"]
-        self.norm0 = group_norm(in_channels, eps)
+        self.norm0 = GroupNorm(in_channels, eps)
         self.conv0 = initialise(Conv2d(in_channels, out_channels, 3, mode, taps), arch)
         self.affine = initialise(
             nn.Linear(4 * config.model_channels, out_channels * (2 if self.adaptive_scale else 1)), arch
         )
-        self.norm1 = group_norm(out_channels, eps)
+        self.norm1 = GroupNorm(out_channels, eps)
         self.conv1 = initialise(Conv2d(out_channels, out_channels, 3), arch, 1e-5)
         self.skip = None
         if in_channels != out_channels or (mode != "keep" and kind["resample_proj"]):
@@ -267,7 +286,7 @@ class Block(nn.Module):
             self.skip = Resample(mode, taps)
         self.heads = (out_channels // 64 if arch == "adm" else 1) if attend else 0
         if self.heads:  # none in ADM's narrowest networks
-            self.norm2 = group_norm(out_channels, eps)
+            self.norm2 = GroupNorm(out_channels, eps)
             self.qkv = initialise(Conv2d(out_channels, 3 * out_channels, 1), arch, 0.2**0.5)
             self.proj = initialise(Conv2d(out_channels, out_channels, 1), arch, 1e-5)
 
@@ -277,7 +296,7 @@ class Block(nn.Module):
         x = self.conv0(F.silu(self.norm0(x)))
         if self.adaptive_scale:
             scale, shift = params.to(x.dtype).chunk(2, dim=1)
-            x = F.silu(torch.addcmul(shift, self.norm1(x).to(x.dtype), scale + 1))
+            x = F.silu(torch.addcmul(shift, self.norm1(x), scale + 1))
         else:
             x = F.silu(self.norm1(x + params))
         x = self.conv1(F.dropout(x, self.dropout, self.training))
@@ -370,7 +389,7 @@ class UNet(Encoder):
                 out_channels = config.model_channels * levels[level]
                 self.dec[f"{res}x{res}_block{i}"] = Block(config, channels + skip_channels.pop(), out_channels, attend=attend)
                 channels = out_channels
-        norm = group_norm(channels, _EDM_BLOCKS[arch]["eps"])
+        norm = GroupNorm(channels, _EDM_BLOCKS[arch]["eps"])
         conv = initialise(Conv2d(channels, config.img_channels, 3), arch, 1e-5)
         if arch == "adm":
             self.out_norm, self.out_conv = norm, conv
@@ -476,7 +495,7 @@ class EDM2Block(nn.Module):
             x = self.conv_skip(x)
         x = mp_sum(x, y, 0.3)
         if self.heads:  # cosine attention
-            y = attention(self.attn_qkv(x), self.heads, lambda qkv: mp_normalize(qkv, dims=[2]))
+            y = attention(self.attn_qkv(x), self.heads, lambda qkv: mp_normalize(qkv, dims=[-1]))
             x = mp_sum(x, self.attn_proj(y), 0.3)
         return x.clip(-256, 256)  # safe in float16
 
@@ -596,7 +615,7 @@ class Denoiser(nn.Module):
         return self.unet if self.config.architecture == "edm2" else self.model
 
     def forward(self, x, sigma, labels=None):
-        x = x.float()
+        x = x.float().contiguous()  # the memory format is that of the weights, not that of the images
         c_skip, c_out, c_in, c_noise = preconditioning(
             self.config.preconditioning, sigma.float()[:, None, None, None], self.config.sigma_data
         )
@@ -626,7 +645,7 @@ class RatioNetwork(nn.Module):
         self.config = config
         self.encoder = EDM2Encoder(config) if config.architecture == "edm2" else Encoder(config)
         channels = self.encoder.skip_channels[-1]
-        self.norm = group_norm(channels, 1e-5)
+        self.norm = GroupNorm(channels, 1e-5)
         self.head = nn.Linear(channels, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -643,9 +662,30 @@ class RatioNetwork(nn.Module):
 
 
 def _encode(encoder, config, x, sigma, labels):
-    x, sigma = x.float(), sigma.float()
+    x, sigma = x.float().contiguous(), sigma.float()
     _, _, c_in, c_noise = preconditioning(config.preconditioning, sigma, config.sigma_data)
     return encoder.encode(c_in[:, None, None, None] * x, encoder.embed(c_noise, labels))[-1]
+
+
+def memory_format(config, device_type, compiled=False):
+    """The memory format in which a network of this configuration is fastest.
+
+    Convolutions like channels-last best. But the GPU's kernel of GroupNorm knows NCHW only, so activations would be copied
+    before and behind each norm, forward and backward; EDM2 has no norms, and the compiler writes norms of its own.
+    """
+    channels_last = compiled or device_type == "cpu" or config.architecture == "edm2"
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def place(net, device, compiled=False):
+    """Move `net` to `device` in its best memory format, and compile it if asked; returns it.
+
+    Each shape is compiled as it is (dynamic=False): training has one or two batch sizes, again and again.
+    """
+    net.to(device, memory_format=memory_format(net.config, device.type, compiled))
+    if compiled:
+        net.compile(dynamic=False)
+    return net
 
 
 @torch.no_grad()

@@ -143,15 +143,13 @@ def main():
     # Data and networks. The same seed on every rank: all start from the same weights.
     dataset = rt.main_first(lambda: data.load(args.data))
     torch.manual_seed(args.seed)
-    net = networks.Denoiser(network_config(args.network, dataset, args.cond, args.dropout)).to(rt.device).train()
-    net.to(memory_format=torch.channels_last)
+    net = networks.Denoiser(network_config(args.network, dataset, args.cond, args.dropout)).train()
+    networks.place(net, rt.device, args.compile)
     networks.normalize_weights(net)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     ema.about = {"role": "denoiser"}
     learner = runtime.Learner(net, rt, args.lr, (0.9, args.beta2), args.batch, args.micro_batch)
     run = runtime.Run(args, rt, "stage 1", dict(net=net, ema=ema, optimizer=learner.optimizer, scaler=learner.scaler))
-    if args.compile:
-        net.compile()
     config = net.config
     rt.print(
         f"stage 1: {config.architecture}, {networks.parameter_count(net) / 1e6:.2f} M parameters, "

@@ -166,9 +166,9 @@ class Runtime:
 def start(device="auto", precision="fp32", alone=False):
     """Join the ranks that torchrun started (if it did) and choose the device and the precision.
 
-    `device` is "auto", "cpu" or "cuda". `precision` is "fp32", "bf16", "fp16" or "auto": bf16 on GPUs that have
-    it, fp16 on older GPUs, fp32 on the CPU. "fp32" means float32 throughout: TF32 stays off. `alone`: for scripts
-    that do not share their work among ranks.
+    `device` is "auto", "cpu" or "cuda". `precision` is "fp32", "bf16", "fp16" or "auto": bf16 on GPUs that compute
+    in it (older ones emulate it, slowly), fp16 on older GPUs, fp32 on the CPU. "fp32" means float32 throughout: TF32
+    stays off. `alone`: for scripts that do not share their work among ranks.
     """
     rank, world_size = _place()
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
@@ -184,7 +184,7 @@ def start(device="auto", precision="fp32", alone=False):
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False
     if precision == "auto":
-        precision = "fp32" if kind == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        precision = "fp32" if kind == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if precision == "fp16" and kind == "cpu":
         raise UserError("--precision fp16 is for GPUs; on the CPU use --precision bf16 or fp32")
     host_group = None
@@ -229,11 +229,12 @@ class Learner:
             with self.rt.autocast():
                 total = loss(*part).sum()
             self.scaler.scale(total / self.batch).backward()
-        if self.rt.world_size > 1:  # all gradients in one message
+        if self.rt.world_size > 1:  # all gradients in one message, each in the order of its memory: channels-last or not
             grads = [p.grad for p in self.optimizer.param_groups[0]["params"] if p.grad is not None]
-            flat = torch.cat([g.reshape(-1) for g in grads])
+            grads = [g.as_strided((g.numel(),), (1,)) for g in grads]
+            flat = torch.cat(grads)
             dist.all_reduce(flat)
-            torch._foreach_copy_(grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads)])
+            torch._foreach_copy_(grads, flat.split([len(g) for g in grads]))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -430,7 +431,7 @@ class Run:
     def __init__(self, args, rt, stage, parts):
         self.dir, self.rt, self.kind, self.stage = Path(args.outdir), rt, f"training state of {stage}", stage
         self.parts = parts
-        self.settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
+        self.settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS} | {"precision": rt.precision}
         self.total_nimg = -(-round(args.kimg * 1000) // args.batch) * args.batch  # whole batches
         self.batch, self.nimg = args.batch, 0
         self.sums, self.logged_nimg = {}, 0  # of the log: sums over the images since the last line

@@ -20,6 +20,7 @@ import torch
 
 import checkpoints
 import data
+import networks
 import runtime
 from files import UserError
 
@@ -153,7 +154,9 @@ def latent_decoder(device, vae):
     @torch.no_grad()
     def decode(x):
         # EDM2 fed the VAE pixels in [0, 1], not in the usual [-1, 1]: what comes out is in [0, 1] as well.
-        return data.to_uint8(2 * model.decode(data.denormalise_latents(x)).sample - 1)
+        # Eight at a time: 64 images of 512x512 need over 50 GB in float32.
+        parts = data.denormalise_latents(x).split(8)
+        return np.concatenate([data.to_uint8(2 * model.decode(part).sample - 1) for part in parts])
 
     return decode
 
@@ -195,8 +198,8 @@ def main():
         raise UserError(f"--class {args.label}: {args.network} has {known}")
     if (args.candidates > 1) != bool(args.ratio):
         raise UserError("--candidates and --ratio go together: give the ratio.pt of the generator's folder and K > 1")
-    net.to(rt.device, memory_format=torch.channels_last)
-    ratio = checkpoints.load_network(args.ratio, role="ratio").to(rt.device) if args.ratio else None
+    networks.place(net, rt.device)
+    ratio = networks.place(checkpoints.load_network(args.ratio, role="ratio"), rt.device) if args.ratio else None
     same = ("img_resolution", "img_channels", "label_dim")
     if ratio and any(getattr(ratio.config, key) != getattr(config, key) for key in same):
         raise UserError(f"{args.ratio} was not trained with {args.network}; give the ratio.pt beside it")

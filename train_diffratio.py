@@ -202,7 +202,7 @@ def main():
         ratio.load_encoder(init)
     del init  # no teacher is kept
     for net in (generator, ratio):
-        net.to(rt.device, memory_format=torch.channels_last).train()
+        networks.place(net, rt.device, args.compile).train()
         networks.normalize_weights(net)
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
     ema.about = {"role": "generator", "t_init": args.t_init}
@@ -216,9 +216,6 @@ def main():
         dict(generator=generator, ratio=ratio, ema=ema, generator_opt=generator_learner.optimizer,
              ratio_opt=ratio_learner.optimizer, generator_scaler=generator_learner.scaler, ratio_scaler=ratio_learner.scaler),
     )  # fmt: skip
-    if args.compile:
-        generator.compile()
-        ratio.compile()
     rt.print(
         f"stage 2: {args.divergence}, generator {networks.parameter_count(generator) / 1e6:.2f} M and ratio "
         f"{networks.parameter_count(ratio) / 1e6:.2f} M parameters, {dataset.name} ({len(dataset)} images), "

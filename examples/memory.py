@@ -1,9 +1,11 @@
 """Compute, not measure, the GPU memory that a preset of stage 2 needs: python examples/memory.py cifar10 imagenet64
 
-Fixed part: weights, gradients, Adam's two moments and the average of the generator (20 bytes a parameter), the same
-without the average for the ratio network (16), and the random numbers of a global batch. Part per image: what autograd
-keeps for the backward passes, counted by running the real networks under bf16 autocast on the CPU on one and two images.
-The allocator's overhead and the workspaces of cuDNN come on top. Sizes in GB = 10^9 bytes.
+Fixed part: weights, Adam's two moments and the gradients of both networks, the average of the generator (20 bytes a
+parameter; 12 for the ratio network, whose gradients are gone when the generator's come), and the random numbers of a
+global batch. Part per image: what autograd keeps for the backward passes of a batch in one piece, under bf16 autocast
+with the rules of CUDA. It is counted on fake tensors, which have shapes and types but no content, so no GPU is needed
+and any network takes seconds. Not counted: the allocator's overhead and the workspaces of cuDNN, for which the advice
+leaves 15 % of the card; `--compile`, which needs less. Sizes in GB = 10^9 bytes.
 """
 
 import argparse
@@ -12,60 +14,91 @@ import sys
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import networks  # noqa: E402
+import pretrain  # noqa: E402
 import runtime  # noqa: E402
 import sample  # noqa: E402
 import train_diffratio  # noqa: E402
 
-NETWORK_OF = {"imagenet512": "edm2-s", "cifar10-cond": "cifar10"}  # what each preset's --init holds
+CARDS = (24, 40, 80)  # GB
+
+
+class CudaRules(TorchFunctionMode):
+    """Makes the CPU's autocast compute in float32 what CUDA's does, and gives GroupNorm the one layout its GPU kernel takes.
+
+    In the other operations that the networks use, the lists of the two autocasts agree.
+    """
+
+    FLOAT32 = {"group_norm", "layer_norm", "interpolate", "softmax", "softplus", "exp", "log", "pow", "__pow__", "sum", "norm"}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in self.FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, self.cast, (args, kwargs))
+        if function.__name__ == "group_norm":
+            args = (args[0].contiguous(), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def cast(tensor):
+        return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def kept_for_backward(net, run):
-    """Bytes that autograd keeps for the backward pass of `run()`, without the weights themselves."""
-    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    """Bytes that autograd keeps for the backward pass of `run()`, without the weights of `net` themselves."""
+    weights = {p.untyped_storage()._cdata for p in net.parameters()}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor is held so that no address is used twice
+        if storage._cdata not in weights:
+            kept[storage._cdata] = (storage.nbytes(), tensor)  # the tensor is held so that no address is used twice
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16), CudaRules():
         out = run()
     total = sum(size for size, _ in kept.values())
     del out
     return total
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runtime.HelpFormatter)
-    parser.add_argument("presets", nargs="*", default=["cifar10"], metavar="PRESET", help="presets of train_diffratio.py")
-    print(f"{'preset':14}{'fixed':>8}{'per image':>11}   GB at micro-batch")
-    for name in parser.parse_args().presets:
-        if name not in train_diffratio.PRESETS:
-            raise runtime.UserError(f"unknown preset {name}; known: {', '.join(train_diffratio.PRESETS)}")
-        config = dataclasses.replace(networks.NETWORKS[NETWORK_OF.get(name, name)], dropout=0.0)
-        batch = train_diffratio.PRESETS[name]["batch"]
+def count(config, batch):
+    """(fixed bytes, bytes per image) of stage 2 with networks of this configuration and this global batch."""
+    with FakeTensorMode():
         generator, ratio = networks.Denoiser(config), networks.RatioNetwork(config)
-        pixels = config.img_channels * config.img_resolution**2
-        fixed = 20 * networks.parameter_count(generator) + 16 * networks.parameter_count(ratio) + 6 * 4 * pixels * batch
 
         def activations(n):
             """Of one generator forward and of the ratio network on real and fake, n images each."""
             x = torch.randn(n, config.img_channels, config.img_resolution, config.img_resolution)
-            labels = torch.zeros(n, dtype=torch.int64) if config.label_dim else None
-            twice = None if labels is None else labels.repeat(2)
+            sigma, labels = torch.ones(n), torch.zeros(n, dtype=torch.int64) if config.label_dim else None
             return kept_for_backward(generator, lambda: sample.one_step(generator, x, labels)) + kept_for_backward(
-                ratio, lambda: ratio(x.repeat(2, 1, 1, 1), torch.ones(2 * n), twice)
+                ratio, lambda: train_diffratio.ratio_loss(ratio, x, x, sigma, x, x, labels)
             )
 
-        one, two = activations(1), activations(2)
-        per_image, fixed = two - one, fixed + 2 * one - two  # what does not grow with the images: weights cast to bf16
-        sizes = "   ".join(f"{n}: {(fixed + n * per_image) / 1e9:.0f}" for n in (4, 8, 16, 32, 64, 128))
-        print(f"{name:14}{fixed / 1e9:8.1f}{per_image / 1e9:11.3f}   {sizes}", flush=True)
+        two, four = activations(2), activations(4)
+    numbers = 6 * 4 * batch * config.img_channels * config.img_resolution**2
+    weights = 20 * networks.parameter_count(generator) + 12 * networks.parameter_count(ratio)
+    return weights + numbers + 2 * two - four, (four - two) / 2  # what does not grow with n: weights cast to bf16
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runtime.HelpFormatter)
+    parser.add_argument("presets", nargs="*", default=["cifar10"], metavar="PRESET", help="presets of train_diffratio.py")
+    cards = "".join(f" {f'{card} GB':>7}" for card in CARDS)
+    print(f"{'preset':14}{'fixed':>8}{'per image':>11}   --micro-batch for a card of{cards}")
+    for name in parser.parse_args().presets:
+        if name not in train_diffratio.PRESETS:
+            raise runtime.UserError(f"unknown preset {name}; known: {', '.join(train_diffratio.PRESETS)}")
+        settings = pretrain.PRESETS[name]
+        config = dataclasses.replace(networks.NETWORKS[settings["network"]], dropout=0.0)
+        fixed, per_image = count(config, train_diffratio.PRESETS[name]["batch"])
+        fitting = [int((0.85e9 * card - fixed) / per_image) for card in CARDS]
+        advice = "".join(f" {2 ** (n.bit_length() - 1) if n > 0 else 'none':>7}" for n in fitting)
+        print(f"{name:14}{fixed / 1e9:8.1f}{per_image / 1e9:11.3f}   {'':27}{advice}", flush=True)
 
 
 if __name__ == "__main__":
