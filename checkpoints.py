@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 import torch
 
-from files import NUMPY_STAND_INS, UserError, load_checkpoint, read_pickle, save_checkpoint
+from files import NUMPY_STAND_INS, UserError, load_checkpoint, read_pickle, reading, save_checkpoint, torch_load
 from networks import Config, Denoiser, RatioNetwork
 
 NETWORK_KIND = "diffratio network"
@@ -30,26 +30,18 @@ def load_network(path, role=None):
     (stage 1), "generator" (stage 2, with `t_init`) or "ratio" (then a `RatioNetwork` comes back). With `role` given,
     any other role is an error. Raises `UserError` for anything that is not such a file; executes nothing in it.
     """
-    try:
+    with reading(path, "a usable network file"):
         return _load_network(path, role)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (UserError, OSError):
-        raise
-    except Exception as error:  # a file made with ill will, or a damaged one, can fail in any way
-        raise UserError(f"{path}: not a usable network file ({type(error).__name__}: {error})") from None
 
 
 def _load_network(path, role):
-    with open(path, "rb") as file:
-        ours = zipfile.is_zipfile(file)
-        file.seek(0)
-        config, about, state = (None, None, None) if ours else _read_published(file, path)
-    if ours:
+    if zipfile.is_zipfile(path):  # ours
         data = load_checkpoint(path)
         if data["kind"] != NETWORK_KIND:
             raise UserError(f"{path} is a {data['kind']}, not a network; use the network.pt beside it")
         config, about, state = Config(**data["config"]), data["about"], data["state"]
+    else:
+        config, about, state = _read_published(path)
     if about["role"] not in ("denoiser", "generator", "ratio"):
         raise UserError(f"{path} holds a {about['role']}, which is no network of this project")
     if role and about["role"] != role:
@@ -103,10 +95,7 @@ class _PlainDict(dict):
 
 def _nested_storage(data):
     """The bytes of a torch.save'd storage: itself a pickle, read under weights_only."""
-    try:
-        storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # weights_only refuses by raising
-        raise UserError(f"refused: a tensor's storage is no plain data ({type(error).__name__})") from None
+    storage = torch_load(io.BytesIO(data))
     if not isinstance(storage, (torch.TypedStorage, torch.UntypedStorage)):  # weights_only also lets classes of torch pass
         raise UserError("refused: a tensor's storage is no storage")
     return storage
@@ -158,20 +147,17 @@ _FIXED = {
 }  # fmt: skip
 
 
-def _read_published(file, path):
-    """(config, about, state dict) of an open EDM or EDM2 pickle."""
-    data = read_pickle(file, _PUBLISHED_STAND_INS, path)
+def _read_published(path):
+    """(config, about, state dict) of an EDM or EDM2 pickle."""
+    with open(path, "rb") as file:
+        data = read_pickle(file, _PUBLISHED_STAND_INS, path)
     net = data.get("ema") if isinstance(data, dict) else None
     if not isinstance(net, _Persistent) or not isinstance(net.state, dict):
-        raise UserError(f"{path}: no network under the key 'ema', as a published EDM or EDM2 checkpoint has")
+        raise UserError("no network under the key 'ema', as a published EDM or EDM2 checkpoint has; give another file")
     if net.class_name not in _PRECONDITIONING:
-        raise UserError(f"{path}: a network of class {net.class_name} is not implemented; known: {', '.join(_PRECONDITIONING)}")
-    try:
-        config = _published_config(net)
-    except (UserError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"a network of class {net.class_name} is not implemented; known: {', '.join(_PRECONDITIONING)}")
     state = {k: v for k, v in _flatten(net) if "map_augment" not in k}  # augmentation labels are zero outside EDM's training
-    return config, {"role": "denoiser", "source": "published"}, state
+    return _published_config(net), {"role": "denoiser", "source": "published"}, state
 
 
 def _published_config(net):

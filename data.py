@@ -1,13 +1,14 @@
 """Data sets in, pictures out.
 
 `load(spec)` reads every kind of data set into one `Dataset`: the embedded digits, MNIST-family IDX folders, CIFAR-10,
-folders and zips of images or of EDM2 latents, and `.npz` batches. Images stay uint8 [N, H, W, C]. A folder, zip or
-`.npz` larger than `MEMORY_LIMIT` is converted once to a memory-mapped file in the cache folder, so memory use does
-not grow with the data set. `Batches` gives each rank its share of the shuffled data, `save_grid` and `write_images`
-write what was generated. Nothing in a file that is read here is ever executed.
+folders and zips of images or of EDM2 latents, and `.npz` batches. Images stay uint8 [N, H, W, C]. What is larger than
+`MEMORY_LIMIT` is memory-mapped, so memory use does not grow with the data set: an uncompressed `.npz` where it lies,
+others from the cache folder, into which they are converted once. Transparent images (alpha channels and transparent
+colours of PNG, WebP and BMP) are put on white. With `resolution` the middle of each image is cut out and resized.
+`Batches` gives each rank its share of the shuffled data, `save_grid` and `write_images` write what was generated.
+Nothing in a file that is read here is ever executed.
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -19,32 +20,35 @@ import itertools
 import json
 import math
 import os
-import shutil
 import sys
 import tarfile
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from files import NUMPY_STAND_INS, PickledArray, UserError, atomic, cache_dir, download, read_pickle
+from files import NUMPY_STAND_INS, UserError, atomic, cache_dir, download, read_pickle, reading, status
 from runtime import rng
 
 DIGITS = Path(__file__).parent / "assets" / "digits.npz"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"
+DOWNLOADS = {  # address, {file: MD5}
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/", {"cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a"}),
+    "fashion-mnist": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
+        "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+        "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+        "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+    }),
+}  # fmt: skip
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-MEMORY_LIMIT = 256 * 2**20  # bytes; larger folders, zips and .npz files are memory-mapped from the cache
+MEMORY_LIMIT = 256 * 2**20  # bytes; larger sets are memory-mapped, where they lie or from the cache
+RESIZE = "--resolution N cuts out the middle of each and resizes it"
 
 # EDM2's statistics of the Stable Diffusion latents, per channel; networks see latents of standard deviation 0.5.
 LATENT_MEAN, LATENT_STD, LATENT_SCALE = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), 0.5
-
-_READ_ERRORS = (ValueError, EOFError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile,
-                tarfile.TarError)  # what zipfile, gzip, tarfile and numpy raise on damaged files
 
 
 @dataclasses.dataclass(eq=False)
@@ -62,14 +66,14 @@ class Dataset:
     _fingerprint: str = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self):
-        _check_shape(self.name, self.images.shape, self.images.dtype)
-        if self.labels is not None:
-            if self.labels.shape != self.images.shape[:1]:
-                raise UserError(f"{self.name}: labels {list(self.labels.shape)} do not match {len(self)} images; "
-                                "give one per image")
-            if self.labels.dtype.kind not in "iu" or self.labels.min() < 0:
-                raise UserError(f"{self.name}: the labels must be integers from 0 on")
-            self.labels = np.asarray(self.labels, np.int64)
+        with reading(self.name, "a data set"):
+            _check_shape(self.images.shape, self.images.dtype)
+            if self.labels is not None:
+                if self.labels.shape != self.images.shape[:1]:
+                    raise UserError(f"labels {list(self.labels.shape)} do not match {len(self)} images; give one per image")
+                if self.labels.dtype.kind not in "iu" or self.labels.min() < 0:
+                    raise UserError("the labels are not integers from 0 on; correct them")
+                self.labels = np.asarray(self.labels, np.int64)
 
     def __len__(self):
         return len(self.images)
@@ -97,8 +101,8 @@ class Dataset:
         """SHA-256 (hexadecimal) of the shape, the type and the content of `images`."""
         if self._fingerprint is None:
             digest = hashlib.sha256(f"{self.images.shape} {self.images.dtype.str}".encode())
-            for i in range(0, len(self), 1024):
-                digest.update(self.images[i:i + 1024].tobytes())
+            for i in range(0, len(self), 64):
+                digest.update(self.images[i:i + 64].tobytes())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -214,7 +218,7 @@ class Batches:
 # Reading.
 
 
-def load(spec, cache=None):
+def load(spec, cache=None, resolution=None):
     """The data set that `spec` names.
 
     spec: `digits`, `fashion-mnist`, `cifar10`, or the path of an IDX folder, of CIFAR-10's tar.gz, of a folder or zip
@@ -222,48 +226,73 @@ def load(spec, cache=None):
         (`images` or `arr_0`) and optional labels (`labels` or `arr_1`). IDX and CIFAR-10 give the training set;
         `:test` at the end of `spec` asks for the test set.
     cache: folder for what is downloaded or converted; the default is `files.cache_dir()`.
+    resolution: cut the largest square out of the middle of each image and resize it to so many pixels (Lanczos), as the
+        dataset tool of EDM does with `--transform=center-crop`.
     """
     name, cache = str(spec), Path(cache) if cache else cache_dir()
-    test = name.endswith(":test")
-    source = name.removesuffix(":test")
-    path = Path(source).expanduser()
-    if source == "digits":
-        path = DIGITS
-    elif source == "fashion-mnist":
-        path = FASHION_MNIST if FASHION_MNIST.is_dir() else cache / "fashion-mnist"
-        if not path.is_dir():
-            raise UserError("fashion-mnist is not installed; run `apt-get install dataset-fashion-mnist`, or give the "
-                            f"folder that holds its four IDX files, or put them into {path}")
-    elif source == "cifar10":
-        path = cache / "cifar-10-python.tar.gz"
-        if not path.exists():
-            download(CIFAR10_URL, path, "md5", CIFAR10_MD5)
-
+    source, test = name.removesuffix(":test"), name.endswith(":test")
+    path = DIGITS if source == "digits" else _fetch(source, cache) if source in DOWNLOADS else Path(source).expanduser()
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; a data set is digits, fashion-mnist, cifar10 or a path")
-    if path.is_dir() and (any(path.glob("train-images-idx3-ubyte*")) or any(path.glob("t10k-images-idx3-ubyte*"))):
-        return Dataset(name, *_load_idx(path, "t10k" if test else "train"))
-    if path.name.endswith((".tar.gz", ".tgz")):
-        return Dataset(name, *_load_cifar10(path, test))
-    if test:
-        raise UserError(f"{name}: only IDX folders and CIFAR-10 have a test set; leave out :test")
-    if path.suffix == ".npz":
-        return Dataset(name, *_load_npz(path, cache))
-    if path.is_dir() or path.suffix == ".zip":
-        return Dataset(name, *_load_files(path, cache))
-    raise UserError(f"{path}: not a data set; give a folder, a .zip, a .npz or CIFAR-10's .tar.gz")
+    with reading(path, "a data set", "delete it and get it again"):
+        listing = _list_folder(path) if path.is_dir() else [(path.name, path.stat().st_size, path.stat().st_mtime_ns)]
+        key = hashlib.sha256(repr((os.path.abspath(path), test, resolution, listing)).encode()).hexdigest()[:16]
+        whole = cache / "datasets" / f"{path.stem}-{key}"
+        if whole.is_dir():
+            return Dataset(name, *_open_cache(whole))
+        if any(file.startswith(("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")) for file, *_ in listing):
+            images, labels = _load_idx(path, "t10k" if test else "train")
+        elif path.name.endswith((".tar.gz", ".tgz")):
+            images, labels = _load_cifar10(path, test)
+        elif test:
+            raise UserError(f"{name}: only IDX folders and CIFAR-10 have a test set; leave out :test")
+        elif path.suffix == ".npz":
+            images, labels = _load_npz(path, whole, resolution)
+        elif path.is_dir() or path.suffix == ".zip":
+            images, labels = _load_files(path, [file for file, *_ in listing], whole, resolution)
+        else:
+            raise UserError("not a data set; give a folder, a .zip, a .npz or CIFAR-10's .tar.gz")
+        if resolution and images.dtype == np.uint8 and images.shape[1:3] != (resolution, resolution):
+            images, labels = _convert(path, images, len(images), lambda image: _fit(_to_pillow(image), resolution), labels, whole)
+    return Dataset(name, images, labels)
 
 
-def _check_shape(what, shape, dtype):
+def _fetch(name, cache):
+    """Where the data set `name` is, after its files were downloaded if they are missing."""
+    url, hashes = DOWNLOADS[name]
+    if name == "fashion-mnist" and FASHION_MNIST.is_dir():
+        return FASHION_MNIST
+    folder = cache / name if len(hashes) > 1 else cache
+    for file, md5 in hashes.items():
+        if not (folder / file).exists():
+            download(url + file, folder / file, "md5", md5)
+    return folder if len(hashes) > 1 else folder / file
+
+
+def _list_folder(folder):
+    """Sorted (name, bytes, time) of the files below `folder` that can be part of a data set."""
+    def refuse(error):
+        raise error
+
+    files = []
+    for parent, _, names in os.walk(folder, onerror=refuse, followlinks=True):
+        for name in names:
+            short = Path(parent, name).relative_to(folder).as_posix()
+            if short == "dataset.json" or short.lower().endswith((*IMAGE_SUFFIXES, ".npy", "-ubyte", "-ubyte.gz")):
+                stat = os.stat(os.path.join(parent, name))
+                files.append((short, stat.st_size, stat.st_mtime_ns))
+    return sorted(files)
+
+
+def _check_shape(shape, dtype):
     """Refuse arrays that no network here takes: shape [N, ...]."""
-    latents = dtype == np.float32 and len(shape) == 4 and shape[1] == 8
+    latents = dtype == np.float32 and len(shape) == 4 and shape[1] == 8 and shape[2] == shape[3]
     if not latents and not (dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3)):
-        raise UserError(f"{what}: {dtype} {list(shape)} is not a set of images; expected uint8 [N, H, W, 1 or 3]")
-    if 0 in shape:
-        raise UserError(f"{what}: holds no images")
-    height, width = shape[2:] if latents else shape[1:3]
-    if height != width:
-        raise UserError(f"{what}: {width}x{height} (width x height), but the networks need squares; crop the images")
+        raise UserError(f"{dtype} {list(shape)}; expected images, uint8 [N, H, W, 1 or 3], or latents, float32 [N, 8, h, h]")
+    if min(shape) < 1:
+        raise UserError("holds no images; give others")
+    if not latents and shape[1] != shape[2]:
+        raise UserError(f"{shape[2]}x{shape[1]} (width x height), but the networks need squares; {RESIZE}")
 
 
 def _load_idx(folder, split):
@@ -274,300 +303,216 @@ def _load_idx(folder, split):
         path = path if path.exists() else path.with_name(path.name + ".gz")
         if not path.exists():
             raise UserError(f"{path}: no such file; an IDX data set needs its images and its labels in one folder")
-        try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                data = file.read()
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path}: damaged or truncated gzip file ({error}); get it again") from None
-        header = [int.from_bytes(data[i:i + 4], "big") for i in range(0, 4 + 4 * ndim, 4)]
-        if header[0] != magic:
-            raise UserError(f"{path}: not an IDX file of {kind[:6]} (magic {header[0]:#010x}, expected {magic:#010x})")
-        shape, found = header[1:], len(data) - 4 - 4 * ndim
-        if found != math.prod(shape):
-            raise UserError(f"{path}: truncated or damaged: {found} bytes for the shape {shape}; get it again")
-        arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(shape))
+        with reading(path, "an IDX file"), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            data = file.read()
+            header = [int.from_bytes(data[i:i + 4], "big") for i in range(0, 4 + 4 * ndim, 4)]
+            if header[0] != magic:
+                raise ValueError(f"magic number {header[0]:#010x}, expected {magic:#010x} for {kind[:6]}")
+            arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(header[1:]))
     images, labels = arrays
     return images[..., None], labels.astype(np.int64)
 
 
 def _load_cifar10(path, test):
     """The official tar.gz of Python 2 pickles, which are read without executing anything."""
-    wanted = ["test_batch"] if test else [f"data_batch_{i}" for i in range(1, 6)]
-    found = {}
-    try:
-        with tarfile.open(path, "r:gz") as tar:
-            for member in tar:
-                name = Path(member.name).name
-                if name in wanted and member.isfile():
-                    found[name] = _read_cifar10_batch(tar.extractfile(member), f"{path}: {name}")
-    except _READ_ERRORS as error:
-        raise UserError(f"{path}: not a readable tar.gz ({error}); delete it and get it from {CIFAR10_URL}") from None
-    for name in wanted:
-        if name not in found:
-            raise UserError(f"{path}: has no {name}; expected CIFAR-10's python version from {CIFAR10_URL}")
+    wanted, found = ["test_batch"] if test else [f"data_batch_{i}" for i in range(1, 6)], {}
+    with tarfile.open(path, "r:gz") as tar:
+        for member in tar:
+            name = Path(member.name).name
+            if name not in wanted or not member.isfile():
+                continue
+            with reading(f"{path}: {name}", "a CIFAR-10 batch", "delete it and get it again"):
+                batch = read_pickle(tar.extractfile(member), NUMPY_STAND_INS, f"{path}: {name}", encoding="bytes")
+                data, labels = batch[b"data"].array(), batch[b"labels"]
+                if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+                    raise ValueError(f"`data` is {data.dtype} {list(data.shape)}, expected uint8 [n, 3072]")
+                if not isinstance(labels, list) or len(labels) != len(data) or not all(_is_class(y) for y in labels):
+                    raise ValueError(f"`labels` do not match; expected {len(data)} integers from 0 on")
+            found[name] = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(labels, np.int64)
+    if missing := [name for name in wanted if name not in found]:
+        raise UserError(f"has no {missing[0]}; expected CIFAR-10's python version, which --data cifar10 downloads")
     images, labels = zip(*(found[name] for name in wanted))
-    return np.concatenate(images), np.concatenate(labels)
-
-
-def _read_cifar10_batch(file, what):
-    batch = read_pickle(file, NUMPY_STAND_INS, what, encoding="bytes")
-    data = batch.get(b"data") if isinstance(batch, dict) else None
-    labels = batch.get(b"labels") if isinstance(batch, dict) else None
-    try:
-        data = data.array() if isinstance(data, PickledArray) else np.empty(0)
-    except UserError as error:
-        raise UserError(f"{what}: {error}") from None
-    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
-        raise UserError(f"{what}: not a CIFAR-10 batch; expected `data` as uint8 [n, 3072]")
-    if not isinstance(labels, list) or len(labels) != len(data) or not all(_is_class(label) for label in labels):
-        raise UserError(f"{what}: `labels` do not match; expected {len(data)} integers from 0 on")
-    return np.ascontiguousarray(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), np.array(labels, np.int64)
+    return np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels)
 
 
 def _is_class(label):
     return type(label) is int and 0 <= label < 2**31
 
 
-def _load_npz(path, cache):
-    """A sample batch: uint8 [N, H, W, C] or [N, H, W], read once, or memory-mapped from the cache if it is large."""
-    stat = path.stat()
-    whole = _cache_folder(path, [(stat.st_size, stat.st_mtime_ns)], cache)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            files = {name.removesuffix(".npy") for name in archive.namelist()}
-            key = next((key for key in ("images", "arr_0") if key in files), None)
-            if key is None and "mu" in files:
-                raise UserError(f"{path}: holds statistics (mu, sigma), not images; it can only be a reference for FID")
-            if key is None:
-                raise UserError(f"{path}: has no array `arr_0` or `images`, only {sorted(files)}")
-            with archive.open(f"{key}.npy") as member:
-                old = np.lib.format.read_magic(member) == (1, 0)
-                read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-                shape, _, dtype = read_header(member)
-            if dtype != np.uint8:
-                raise UserError(f"{path}: {key} is {dtype}; expected images as uint8, 0 to 255")
-            _check_shape(f"{path}: {key}", shape if len(shape) != 3 else (*shape, 1), dtype)
-            with np.load(path, allow_pickle=False) as arrays:
-                labels = next((arrays[key] for key in ("labels", "arr_1") if key in files), None)
-                images = arrays[key] if math.prod(shape) <= MEMORY_LIMIT else None
-            if images is None and not whole.is_dir():
-                with _new_cache(path, whole) as part, archive.open(f"{key}.npy") as member:
-                    with open(part / "images.npy", "wb") as file:
-                        shutil.copyfileobj(member, file, 2**20)
-        if images is None:
-            images, _ = _open_cache(whole)
-    except _READ_ERRORS as error:
-        raise UserError(f"{path}: not a readable .npz file ({error})") from None
-    return images if images.ndim == 4 else images[..., None], labels
+def _load_npz(path, whole, resolution):
+    """A sample batch, uint8 [N, H, W, C] or [N, H, W]. A large one is mapped where it lies, unless it is compressed."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        key = next((key for key in ("images.npy", "arr_0.npy") if key in names), None)
+        if key is None and "mu.npy" in names:
+            raise UserError("holds statistics (mu, sigma), not images; it can only be a reference for FID")
+        if key is None:
+            raise UserError(f"has no array `arr_0` or `images`, only {sorted(names)}; give another file")
+        labels = next((name for name in ("labels.npy", "arr_1.npy") if name in names), None)
+        if labels:
+            with archive.open(labels) as member:
+                labels = np.lib.format.read_array(member, allow_pickle=False)
+        with archive.open(key) as member:
+            old = np.lib.format.read_magic(member) == (1, 0)
+            read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read_header(member)
+            shape, order = shape if len(shape) != 3 else (*shape, 1), "F" if fortran else "C"
+            size = math.prod(shape)
+            _check_shape((*shape[:1], resolution, resolution, *shape[3:]) if resolution else shape, dtype)
+            info, start = archive.getinfo(key), member.tell()
+            if info.file_size != start + size:
+                raise ValueError(f"{key} has {info.file_size - start} bytes for the shape {list(shape)}")
+            if size <= MEMORY_LIMIT or fortran and info.compress_type != zipfile.ZIP_STORED:
+                return np.frombuffer(member.read(), np.uint8).reshape(shape, order=order), labels
+            if info.compress_type != zipfile.ZIP_STORED:
+                images = (np.frombuffer(member.read(size // shape[0]), np.uint8).reshape(shape[1:]) for _ in range(shape[0]))
+                return _convert(path, images, shape[0], lambda image: _fit(_to_pillow(image), resolution), labels, whole)
+            while member.read(2**24):  # to the end, where zipfile compares the check sum
+                pass
+        archive.fp.seek(info.header_offset + 26)  # of the header before the member: 30 bytes, then two texts
+        lengths = np.frombuffer(archive.fp.read(4), "<u2")
+        start += info.header_offset + 30 + int(lengths.sum())
+        return np.memmap(path, np.uint8, "r", start, shape, order), labels
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Folders and zips: one file per image, decoded by a few threads (Pillow lets them run side by side).
+# Folders and zips: one file per image.
 
 
-class _Colour(Exception):
-    """A colour image came up in a set that was gray so far."""
-
-
-def _load_files(path, cache):
-    """A folder or zip of images or latents: (images, labels), in the order of the names."""
-    if path.is_dir():
-        files = _list_folder(path)  # the names with sizes and times, because a changed file must be seen
-        whole = _cache_folder(path, files, cache)
-    else:
-        whole = _cache_folder(path, [(path.stat().st_size, path.stat().st_mtime_ns)], cache)
-    if whole.is_dir():
-        return _open_cache(whole)
-
-    with contextlib.nullcontext() if path.is_dir() else _open_zip(path) as archive:
-        if archive is None:
-            names = [name for name, *_ in files]
-        else:
-            names = sorted(name for name in set(archive.namelist()) if not _is_hidden(name))
-
-        def read(name):
-            return (path / name).read_bytes() if archive is None else _read_member(archive, name, path)
-
-        def decode(name):
-            return (_decode_image if images else _decode_latent)(read(name), f"{path}/{name}")
-
+def _load_files(path, names, whole, resolution):
+    """A folder or zip of images or latents: (images, labels), in the order of the names. `names`: those in the folder."""
+    with contextlib.nullcontext() if path.is_dir() else zipfile.ZipFile(path) as archive:
+        names = sorted(set(archive.namelist())) if archive else names
+        names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]  # hidden files
         images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
         latents = [name for name in names if name.lower().endswith(".npy")]
         if images and latents:
-            raise UserError(f"{path}: holds both images ({images[0]}) and latents ({latents[0]}); give one kind")
+            raise UserError(f"holds both images ({images[0]}) and latents ({latents[0]}); give one kind")
         if not images and not latents:
-            raise UserError(f"{path}: no images in it ({' '.join(IMAGE_SUFFIXES)}) and no latents (.npy)")
-        kept = images or latents
-        labels = _read_labels(read("dataset.json"), kept, path) if "dataset.json" in names else None
-        first = decode(kept[0])
-        _check_shape(f"{path}/{kept[0]}", (1, *first.shape), first.dtype)
+            raise UserError(f"no images in it ({' '.join(IMAGE_SUFFIXES)}) and no latents (.npy); give another")
+        if latents and resolution:
+            raise UserError("latents cannot be resized; leave out --resolution")
+
+        def read(name):
+            return archive.read(name) if archive else (path / name).read_bytes()
+
+        def decode(name, colour=False):
+            with reading(f"{path}/{name}", "an image" if images else "a latent (.npy)", "replace it or remove it"):
+                file = io.BytesIO(read(name))
+                array = _decode_image(file, resolution, colour) if images else np.lib.format.read_array(file, allow_pickle=False)
+                _check_shape((1, *array.shape), array.dtype)
+                return array
+
+        labels = None
+        if "dataset.json" in names:
+            form = 'of the form {"labels": [["img.png", 3], ...]} or {"labels": null}'
+            with reading(f"{path}/dataset.json", form, "correct it or remove it"):
+                labels = _read_labels(read("dataset.json"), images or latents)
+        names = images or latents
         try:
-            return _convert(path, kept, decode, first, first.shape, labels, whole)
-        except _Colour:  # all become RGB, from the first on
-            return _convert(path, kept, decode, first, (*first.shape[:2], 3), labels, whole)
+            return _convert(path, names, len(names), decode, labels, whole)
+        except _Colour:  # all become RGB
+            return _convert(path, names, len(names), functools.partial(decode, colour=True), labels, whole)
 
 
-def _list_folder(folder):
-    """Sorted (name, bytes, time) of the files below `folder`: images, latents and dataset.json."""
-    def refuse(error):
-        raise error
-
-    files = []
-    for parent, _, names in os.walk(folder, onerror=refuse, followlinks=True):
-        inside = Path(parent).relative_to(folder).as_posix()
-        for name in names:
-            short = name if inside == "." else f"{inside}/{name}"
-            wanted = short == "dataset.json" or short.lower().endswith((*IMAGE_SUFFIXES, ".npy"))
-            if wanted and not _is_hidden(short):
-                stat = os.stat(os.path.join(parent, name))
-                files.append((short, stat.st_size, stat.st_mtime_ns))
-    return sorted(files)
-
-
-def _is_hidden(name):
-    return any(part.startswith(".") for part in name.split("/"))
-
-
-def _open_zip(path):
-    try:
-        return zipfile.ZipFile(path)
-    except _READ_ERRORS as error:
-        raise UserError(f"{path}: not a readable zip file ({error})") from None
-
-
-def _read_member(archive, name, path):
-    try:
-        return archive.read(name)
-    except _READ_ERRORS as error:
-        raise UserError(f"{path}/{name}: cannot be read from the zip file ({error})") from None
-
-
-def _read_labels(text, names, path):
+def _read_labels(text, names):
     """Labels int64 [N] in the order of `names` from the text of a dataset.json, or None where it has none."""
-    what = f"{path}/dataset.json"
-    try:
-        labels = json.loads(text)["labels"]
-        labels = None if labels is None else {name: label for name, label in labels}
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f'{what}: not of the form {{"labels": [["img.png", 3], ...]}} or {{"labels": null}}') from None
+    labels = json.loads(text)["labels"]
     if labels is None:
         return None
+    labels = {name: label for name, label in labels}
     for name in names:
         if name not in labels:
-            raise UserError(f"{what}: no label for {name}; give every image one, or {{\"labels\": null}}")
+            raise UserError(f'no label for {name}; give every image one, or {{"labels": null}}')
         if not _is_class(labels[name]):
-            raise UserError(f"{what}: the label of {name} is {labels[name]!r}; expected an integer from 0 on")
+            raise UserError(f"the label of {name} is {labels[name]!r}; expected an integer from 0 on")
     if len(labels) != len(names):
         extra = min(labels.keys() - set(names))
-        raise UserError(f"{what}: {len(labels)} labels for {len(names)} images; there is no {extra}")
+        raise UserError(f"{len(labels)} labels for {len(names)} images; there is no {extra}")
     return np.array([labels[name] for name in names], np.int64)
 
 
-def _decode_image(data, name):
-    """The bytes of an image file -> uint8 [H, W, C], C = 1 if it is stored in gray, else 3."""
+def _decode_image(file, resolution, colour):
+    """An image file -> uint8 [H, W, C], C = 1 if it is stored in gray and `colour` is not asked for, else 3."""
     try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "BMP", "WEBP"))
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{name}: refused: {error}") from None
-    except Exception:  # Pillow's readers fail in many ways on foreign bytes
-        raise UserError(f"{name}: not a PNG, JPEG, BMP or WebP image; remove it or replace it") from None
+        image = Image.open(file, formats=("PNG", "JPEG", "BMP", "WEBP"))
+    except UnidentifiedImageError:
+        raise UserError("not a PNG, JPEG, BMP or WebP image; replace it or remove it") from None
     if image.mode[0] in "IF":  # Pillow would clip 16 bits to 8
-        raise UserError(f"{name}: has more than 8 bits per channel; convert it to 8 bits")
-    try:
-        if image.mode in ("1", "L"):
-            return np.asarray(image.convert("L"))[..., None]
-        return np.asarray((image.convert("RGBA") if image.mode == "P" else image).convert("RGB"))
-    except Exception as error:
-        raise UserError(f"{name}: damaged or truncated image ({error})") from None
+        raise UserError("has more than 8 bits per channel; convert it to 8 bits")
+    if image.format == "PNG" and image.width * image.height > 8 * 1032 * file.getbuffer().nbytes:  # as far as deflate goes
+        raise UserError("damaged: more pixels than a file of this size can hold; replace it or remove it")
+    mode = "L" if image.mode in ("1", "L", "LA") and not colour else "RGB"
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return _fit(image.convert(mode), resolution)
 
 
-def _decode_latent(data, name):
-    """The bytes of a .npy file -> float32 [8, h, w]."""
-    try:
-        latent = np.load(io.BytesIO(data), allow_pickle=False)
-    except _READ_ERRORS as error:
-        raise UserError(f"{name}: not a readable .npy file ({error})") from None
-    if latent.dtype != np.float32 or latent.ndim != 3 or len(latent) != 8:
-        raise UserError(f"{name}: {latent.dtype} {list(latent.shape)}; expected a latent: float32 [8, h, w]")
-    return latent
-
-
-def _convert(path, names, decode, first, shape, labels, whole):
-    """Decode all files to arrays of `shape`: into memory, or into the cache folder `whole` if they are large."""
-    arrays = _decode_all(path, names, decode, shape)
-    if len(names) * math.prod(shape) * first.itemsize <= MEMORY_LIMIT:
-        images = np.empty((len(names), *shape), first.dtype)
-        for i, array in enumerate(arrays):
-            images[i] = array
-        return images, labels
-    with _new_cache(path, whole) as part:
-        with open(part / "images.npy", "wb") as file:  # not through a memory map, where a full disk is a crash
-            _write_npy_header(file, (len(names), *shape), first.dtype)
-            for array in arrays:
-                file.write(array.tobytes())
-        if labels is not None:
-            np.save(part / "labels.npy", labels)
-    return _open_cache(whole)
-
-
-def _decode_all(path, names, decode, shape):
-    """Yield the decoded files in order, each of `shape`. At most 256 are held at a time."""
-    waiting, to_submit = collections.deque(), iter(names)
-    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for done, name in enumerate(names):
-            while len(waiting) < 256 and (ahead := next(to_submit, None)):
-                waiting.append(pool.submit(decode, ahead))
-            array = waiting.popleft().result()
-            if array.dtype == np.uint8 and array.shape[:2] == shape[:2] and array.shape[2] != shape[2]:
-                if shape[2] == 1:
-                    raise _Colour
-                array = np.repeat(array, 3, axis=2)
-            if array.shape != shape:
-                raise UserError(f"{path}/{name}: {_size(array.shape)}, but {names[0]} has {_size(shape)}; "
-                                "all must be of one size")
-            if done % 1000 == 999 and sys.stderr.isatty():
-                print(f"\rreading {path}: {done + 1} / {len(names)}", end="", file=sys.stderr, flush=True)
-            yield array
-    if len(names) >= 1000 and sys.stderr.isatty():
-        print(file=sys.stderr)
-
-
-def _size(shape):  # width x height of an image [H, W, C] or a latent [8, h, w]
-    return f"{shape[2]}x{shape[1]}" if shape[2] > 3 else f"{shape[1]}x{shape[0]}"
+def _fit(image, resolution):
+    """A Pillow image as uint8 [H, W, C]; with `resolution` the square in its middle, resized."""
+    if resolution:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side)).resize((resolution, resolution), Image.Resampling.LANCZOS)
+    array = np.asarray(image)
+    return array if array.ndim == 3 else array[..., None]
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The cache of converted data sets: a folder with images.npy and perhaps labels.npy, there as a whole or not at all.
+# Conversion: into memory, or if the result is large into a folder of the cache, with images.npy and perhaps labels.npy.
+# The folder is there as a whole or not at all.
 
 
-def _cache_folder(path, listing, cache):
-    """Where the converted data set is: its name depends on the source's path and on `listing`, its sizes and times."""
-    path = Path(os.path.abspath(path))
-    digest = hashlib.sha256(os.fsencode(path))
-    for item in listing:
-        digest.update(repr(item).encode())
-    return cache / "datasets" / f"{path.stem}-{digest.hexdigest()[:16]}"
+class _Colour(Exception):
+    """A set holds both gray images and images in colour."""
 
 
-@contextlib.contextmanager
-def _new_cache(path, whole):
-    """Yield a temporary folder that becomes the cache folder `whole` if all goes well."""
+def _convert(path, items, count, decode, labels, whole):
+    """(images, labels) of the `count` arrays that `decode` makes of `items`. `whole`: the folder of the cache."""
+    arrays = _decode_all(path, items, count, decode)
+    first = next(arrays)
+    arrays = itertools.chain([first], arrays)
+    if count * first.nbytes <= MEMORY_LIMIT:
+        return np.fromiter(arrays, np.dtype((first.dtype, first.shape)), count), labels
     print(f"converting {path} to {whole} (once)", file=sys.stderr, flush=True)
     try:
         with atomic(whole) as part:
             part.mkdir(exist_ok=True)  # a killed process may have left one
-            yield part
-    except OSError:
+            with open(part / "images.npy", "wb") as file:  # not through a memory map, where a full disk is a crash
+                _write_npy_header(file, (count, *first.shape), first.dtype)
+                for array in arrays:
+                    file.write(array.tobytes())
+            if labels is not None:
+                np.save(part / "labels.npy", labels)
+    except OSError as error:
         if not whole.is_dir():  # otherwise another process has finished the same conversion first
+            error.filename = error.filename or error.errno and str(whole)
             raise
+    return _open_cache(whole)
+
+
+def _decode_all(path, items, count, decode):
+    """Yield `decode(item)` in order, all of one shape. A few threads share the work (Pillow lets them run side by side)."""
+    items, first, done = iter(items), None, 0
+    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        while some := list(itertools.islice(items, 256)):  # no more than these are held at a time
+            for item, array in zip(some, pool.map(decode, some)):
+                first, shape = (item, array.shape) if first is None else (first, shape)
+                if array.dtype == np.uint8 and array.shape[2] != shape[2]:
+                    raise _Colour
+                if array.shape != shape:
+                    raise UserError(f"{path}/{item}: {list(array.shape)}, but {first} has {list(shape)}; all must be of one "
+                                    f"size{f': {RESIZE}' if array.dtype == np.uint8 else ''}")
+                yield array
+            done += len(some)
+            status(f"reading {path}: {done} / {count}", "\n" * (done == count))
 
 
 def _open_cache(whole):
-    labels = whole / "labels.npy"
-    try:
+    with reading(whole, "a converted data set", "delete this folder and it will be made again"):
+        labels = whole / "labels.npy"
         return np.load(whole / "images.npy", mmap_mode="r"), np.load(labels) if labels.exists() else None
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{whole}: damaged cache ({error}); delete this folder and it will be made again") from None
 
 
 def _write_npy_header(file, shape, dtype):

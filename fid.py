@@ -17,7 +17,6 @@ import hashlib
 import json
 import sys
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,6 @@ INCEPTION_HASH = "6726825d"  # beginning of the file's SHA-256
 INCEPTION_TAG = "inception-2015-12-05"
 NETWORK_SIGMA = 0.2  # noise level at which a stage-1 network looks at the clean images
 PUBLISHED_COUNT = 50_000  # images on each side in the published tables
-READ_ERRORS = (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # of np.load on other files
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -312,16 +310,16 @@ class Statistics:
     hash: str = ""
 
     def __post_init__(self):
-        mu, sigma, name = self.mu, self.sigma, self.name or "statistics"
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not len(mu):
-            raise UserError(f"{name}: mu {list(mu.shape)} and sigma {list(sigma.shape)} do not fit together; "
-                            "expected [d] and [d, d]")
-        if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
-            raise UserError(f"{name}: mu and sigma are {mu.dtype} and {sigma.dtype}, expected float64")
-        if not np.isfinite(mu).all() or not np.isfinite(sigma).all():
-            raise UserError(f"{name}: mu or sigma holds NaN or infinity")
-        if np.abs(sigma - sigma.T).max() > 1e-5 * np.abs(sigma).max() or sigma.diagonal().min() < 0:
-            raise UserError(f"{name}: sigma is not a covariance (not symmetric, or a negative variance)")
+        mu, sigma = self.mu, self.sigma
+        with files.reading(self.name or "statistics", "mean and covariance of features", "compute them again"):
+            if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not len(mu):
+                raise ValueError(f"mu {list(mu.shape)} and sigma {list(sigma.shape)}, expected [d] and [d, d]")
+            if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
+                raise ValueError(f"mu and sigma are {mu.dtype} and {sigma.dtype}, expected float64")
+            if not np.isfinite(mu).all() or not np.isfinite(sigma).all():
+                raise ValueError("mu or sigma holds NaN or infinity")
+            if np.abs(sigma - sigma.T).max() > 1e-5 * np.abs(sigma).max() or sigma.diagonal().min() < 0:
+                raise ValueError("sigma is not a covariance: not symmetric, or a negative variance")
         self.mu, self.sigma = mu.astype(np.float64), sigma.astype(np.float64)
 
     def save(self, path):
@@ -333,21 +331,14 @@ class Statistics:
     @classmethod
     def load(cls, path):
         """Read a `.npz` of `mu` and `sigma`; those without more are taken for Inception's if they have its size."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                mu, sigma = file["mu"], file["sigma"]
-                kinds = dict(features=str, n=int, name=str, hash=str)
-                about = {key: kind(file[key].item()) for key, kind in kinds.items() if key in file.files}
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
-        except READ_ERRORS as error:
-            raise UserError(f"{path}: not a readable .npz of statistics `mu` and `sigma` ({error})") from None
-        if "features" not in about and mu.shape[:1] != (2048,):
-            raise UserError(f"{path}: does not say which features it holds, and mu is {list(mu.shape)}, while "
-                            "Inception's is [2048]")
-        found = cls(mu, sigma, **{"features": "inception", **about, "name": str(path)})
-        found.name = about.get("name", found.name)  # errors before this line name the file
-        return found
+        with files.reading(path, "a readable .npz of statistics `mu` and `sigma`"), np.load(path, allow_pickle=False) as file:
+            mu, sigma = file["mu"], file["sigma"]
+            kinds = dict(features=str, n=int, name=str, hash=str)
+            about = {key: kind(file[key].item()) for key, kind in kinds.items() if key in file.files}
+            if "features" not in about and mu.shape[:1] != (2048,):
+                raise UserError(f"does not say which features it holds, and mu is {list(mu.shape)}, while "
+                                "Inception's is [2048]")
+            return cls(mu, sigma, **{"features": "inception", "name": str(path), **about})
 
     def check(self, tag, dim, other):
         """Raise unless these are features of the kind `tag` and the size `dim`, which `other` has."""
@@ -563,6 +554,7 @@ def arguments():
         help="images at once on each rank, for memory and speed only; default: 64")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto, CUDA where there is any")
     add("--json", action="store_true", help="print one line of JSON instead of text")
+    add("--resolution", type=positive(int), metavar="N", help="cut the middle out of images of other sizes and resize it")
     add("--save-stats", metavar="PATH", help="write the statistics of REFERENCE to this .npz")
     args = parser.parse_args()
     if args.features and args.inception:
@@ -572,17 +564,14 @@ def arguments():
     return args
 
 
-def open_side(spec):
-    """`Statistics` if `spec` is a file of them, else the data set that it names."""
+def open_side(spec, resolution=None):
+    """`Statistics` if `spec` is a file of them, else the data set that it names, as `data.load` reads it."""
     if spec.endswith(".npz") and Path(spec).is_file():
-        try:
-            with np.load(spec, allow_pickle=False) as file:
-                names = set(file.files)
-        except READ_ERRORS:
-            names = set()  # data.load says what is wrong with it
-        if names & {"mu", "sigma"} and not names & {"arr_0", "images"}:
+        with files.reading(spec, "a readable .npz of images or statistics"), zipfile.ZipFile(spec) as archive:
+            names = set(archive.namelist())
+        if names & {"mu.npy", "sigma.npy"} and not names & {"arr_0.npy", "images.npy"}:
             return Statistics.load(spec)
-    return data.load(spec)
+    return data.load(spec, resolution=resolution)
 
 
 def main():
@@ -590,11 +579,12 @@ def main():
     rt = runtime.start(args.device)
 
     # All that can be wrong is found before the features are computed, which may take an hour.
-    samples, reference = sides = [rt.main_first(lambda: open_side(spec)) for spec in (args.samples, args.reference)]
+    specs = (args.samples, args.reference)
+    samples, reference = sides = [rt.main_first(lambda: open_side(spec, args.resolution)) for spec in specs]
     datasets = [side for side in sides if isinstance(side, data.Dataset)]
     if len(datasets) == 2 and samples.resolution != reference.resolution:
         sizes = [f"{dataset.name} has {dataset.resolution}x{dataset.resolution}" for dataset in datasets]
-        raise UserError(f"images of different sizes: {sizes[0]}, {sizes[1]}; bring them to one size")
+        raise UserError(f"images of different sizes: {sizes[0]}, {sizes[1]}; give --resolution N")
     if args.count == 1:
         raise UserError("--count 1: a covariance needs at least 2 images")
     extractor = load_extractor(rt, args.features, args.inception) if datasets else None  # two files need no network

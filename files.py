@@ -1,12 +1,14 @@
-"""Files, on which everything else stands: nothing half-written, nothing executed.
+"""Files, on which everything else stands: nothing half-written, nothing executed, no damage without a clear word.
 
 Errors for the user, atomic writing, locks, checkpoints of plain data, pickles of unknown origin read without running
 anything that they name, hashes, downloads and the cache folder.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
+import http.client
 import os
 import pickle
 import shutil
@@ -32,7 +34,29 @@ class UserError(Exception):
     def __init__(self, message):
         text = "".join(c if c.isprintable() else " " for c in str(message)[:2000])  # parts may come from a hostile file
         text = " ".join(text.split())
-        super().__init__(text if len(text) <= 500 else text[:500] + " ...")
+        super().__init__(text if len(text) <= 500 else f"{text[:350]} ... {text[-150:]}")  # the remedy comes last
+
+
+@contextlib.contextmanager
+def reading(path, what, remedy="get it again"):
+    """Around a parser: whatever a damaged or foreign file makes it raise becomes a `UserError`: path, `what`, `remedy`.
+
+    A `UserError` from inside need not name the file: it does so afterwards. Errors of the system (no permission, a full
+    disk) keep their words and get the file's name. Parsers raise OSError too: without a number, or "invalid argument" where
+    damage sends them to a place before the file's beginning.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename or path}: no such file") from None
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            error.filename = error.filename or str(path)
+            raise
+        cause = f"{type(error).__name__}: {error}"[:200]
+        raise UserError(f"{path}: not {what}, or damaged ({cause}); {remedy}") from None
 
 
 @contextlib.contextmanager
@@ -117,18 +141,20 @@ def save_checkpoint(data, path):
 
 def load_plain(path, what):
     """Read a file of tensors and plain data to the CPU; nothing in it is executed. `what` says what it should be."""
-    try:
+    with reading(path, what):
         if zipfile.is_zipfile(path):  # torch's current format; it does not look at the check sums itself
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
-                    raise UserError(f"{path}: damaged (check sum of {damaged})")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (UserError, OSError):
-        raise
-    except Exception as error:  # files that are something else fail in many ways
-        raise UserError(f"{path}: not {what}, or a damaged one ({type(error).__name__})") from None
+                    raise ValueError(f"check sum of {damaged}")
+        return torch_load(path)
+
+
+def torch_load(file):
+    """torch.load of tensors and plain data to the CPU, from a path or an open file."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's words advise to load it without this protection
+        raise UserError("refused: damaged, or more than tensors and plain data; get it again") from None
 
 
 def load_checkpoint(path):
@@ -155,7 +181,7 @@ class _NumpyDtype:
 
 
 class PickledArray:
-    """Stands in for numpy.ndarray in a pickle: keeps the raw bytes; `array()` makes the real one."""
+    """Stands in for numpy.ndarray in a pickle: keeps the raw bytes; `array()` makes the real one, or fails in any way."""
 
     state = None
 
@@ -166,14 +192,9 @@ class PickledArray:
         self.state = state
 
     def array(self):
-        if self.state is None:
-            raise UserError("a pickle holds an array without contents")
-        try:
-            _, shape, dtype, fortran, raw = self.state
-            raw = raw.encode("latin1") if isinstance(raw, str) else raw
-            return np.frombuffer(raw, dtype.real()).reshape(shape, order="F" if fortran else "C")
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"a pickle holds a damaged array ({error})") from None
+        _, shape, dtype, fortran, raw = self.state
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw
+        return np.frombuffer(raw, dtype.real()).reshape(shape, order="F" if fortran else "C")
 
 
 def _numpy_scalar(dtype, raw=b"\0"):
@@ -195,7 +216,9 @@ NUMPY_STAND_INS = {
 }
 
 
-class _StandInUnpickler(pickle.Unpickler):
+class _StandInUnpickler(pickle._Unpickler):  # the one in Python: that in C fills gigabytes if a damaged pickle says so
+    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}  # it would too
+
     def __init__(self, file, stand_ins, **kwargs):
         super().__init__(file, **kwargs)
         self.stand_ins = stand_ins
@@ -213,25 +236,23 @@ def read_pickle(file, stand_ins, what, encoding="ASCII"):
     Nothing that the pickle names is imported or run: a name outside `stand_ins` raises `UserError` with that name.
     `what` names the file in error messages. Arrays come back as `PickledArray`.
     """
-    try:
+    with reading(what, "a pickle of this kind"):
         return _StandInUnpickler(file, stand_ins, encoding=encoding).load()
-    except UserError as error:
-        raise UserError(f"{what}: {error}") from None
-    except Exception as error:  # a damaged pickle can fail in any way inside the unpickler
-        raise UserError(f"{what}: not a readable pickle, or a damaged one ({type(error).__name__}: {error})") from None
 
 
 def file_hash(path, algorithm="sha256"):
     """Hexadecimal hash of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest() if hasattr(hashlib, "file_digest") else _digest(file, algorithm)
-
-
-def _digest(file, algorithm):  # Python 3.10 has no hashlib.file_digest
     digest = hashlib.new(algorithm)
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def status(text, end=""):
+    """Show `text` in place of the status before, if somebody is watching."""
+    if sys.stderr.isatty():
+        print(f"\r{text}", end=end, file=sys.stderr, flush=True)
 
 
 def cache_dir():
@@ -252,13 +273,10 @@ def download(url, path, algorithm, expected):
                 while block := response.read(1 << 20):
                     file.write(block)
                     done += len(block)
-                    if sys.stderr.isatty():
-                        print(f"\rdownloading {path.name}: {done / 1e6:.0f} / {total / 1e6:.0f} MB", end="", file=sys.stderr)
-            if sys.stderr.isatty():
-                print(file=sys.stderr)
-        except OSError as error:  # URLError, HTTPError and time-outs are all OSError
-            raise UserError(f"cannot download {path.name} ({getattr(error, 'reason', error)}); get it from {url} and put it at {path}") from None
+                    status(f"downloading {path.name}: {done / 1e6:.1f} / {total / 1e6:.1f} MB", "\n" * (done == total))
+        except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and time-outs are OSErrors
+            cause = getattr(error, "reason", error)
+            raise UserError(f"cannot download {path.name} ({cause}); get it from {url} and put it at {path}") from None
         found = file_hash(part, algorithm)
         if not found.startswith(expected):
             raise UserError(f"{path.name} from {url} is damaged: {algorithm} {found[:32]}, expected {expected}; nothing was kept")
-    return path

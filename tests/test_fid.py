@@ -351,8 +351,8 @@ def test_features_of_two_kinds_or_sizes_have_no_distance():
 
 
 @pytest.mark.parametrize("mu, sigma, message", [
-    (np.zeros(8), np.eye(7), "do not fit together"),
-    (np.zeros((8, 1)), np.eye(8), "do not fit together"),
+    (np.zeros(8), np.eye(7), r"expected \[d\]"),
+    (np.zeros((8, 1)), np.eye(8), r"expected \[d\]"),
     (np.zeros(8), np.full((8, 8), np.nan), "NaN"),
     (np.full(8, np.inf), np.eye(8), "NaN or infinity"),
     (np.zeros(8), np.tri(8), "not symmetric"),
@@ -484,6 +484,12 @@ def test_command_with_network_features(command, network, tmp_path):
     result = json.loads(out)
     assert result["n_samples"] == result["n_reference"] == 40 and result["fid"] > 1e-6 and result["is_mean"] is None
 
+    larger = npz(tmp_path / "larger.npz", arr_0=np.load(images)["arr_0"].repeat(3, axis=1).repeat(3, axis=2))
+    folder = tmp_path / "folder"
+    data.write_images([(data.load(larger, resolution=8).images, None)], folder, 60)
+    code, out, _ = command(larger, folder, "--features", network, "--resolution", 8, "--json")
+    assert code == 0 and json.loads(out)["fid"] == pytest.approx(0, abs=1e-9)  # the same images, resized by the loader
+
     stats = npz(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     code, _, err = command("digits", stats, "--features", network)
     assert code == 2 and "both sides must come from one network" in err
@@ -493,7 +499,7 @@ def test_command_with_network_features(command, network, tmp_path):
     (dict(arr_0=pictures(1, 8, 1)), "samples.npz: has 1 image; a covariance needs at least 2"),
     (dict(arr_0=pictures(0, 8, 1)), "no images"),
     (dict(arr_0=pictures(4, 8, 3)), r"\[8, 8, 3\], but .* is for \[8, 8, 1\]"),
-    (dict(arr_0=pictures(4, 16, 1)), "different sizes: .*16x16, digits has 8x8"),
+    (dict(arr_0=pictures(4, 16, 1)), "different sizes: .*16x16, digits has 8x8; give --resolution"),
     (dict(arr_0=pictures(4, 8, 1).astype(np.float32)), "uint8"),
     (dict(mu=np.zeros(4)), "statistics `mu` and `sigma`"),
     ("this is not an archive", "not a readable .npz"),

@@ -5,11 +5,13 @@ The pickles here have the published structure, written through stand-in modules 
 
 import collections
 import dataclasses
+import functools
 import io
 import os
 import pickle
 import sys
 import types
+import unittest.mock
 
 import numpy as np
 import pytest
@@ -57,34 +59,39 @@ class Persistent:
         return _reconstruct_persistent_obj, (meta,)
 
 
+def _convert(net, class_name="Any", **init):
+    """A torch module as its persistent counterpart. ModuleDicts stay what they are, with converted children."""
+    children = collections.OrderedDict((k, _convert(v)) for k, v in net.named_children())
+    if isinstance(net, torch.nn.ModuleDict):
+        made = torch.nn.ModuleDict()
+        made.__dict__["_modules"] = children
+        return made
+    state = dict(training=False, _parameters=collections.OrderedDict(net._parameters),
+                 _buffers=collections.OrderedDict(net._buffers), _modules=children, _init_args=(), _init_kwargs=init)  # fmt: skip
+    return Persistent(class_name, **state)
+
+
+# The modules that such a pickle names, for as long as one is written.
+THEIRS = {made.__name__: made for made in (
+    module("dnnlib"), module("dnnlib.util", EasyDict=EasyDict), module("torch_utils"),
+    module("torch_utils.persistence", _reconstruct_persistent_obj=_reconstruct_persistent_obj),
+)}  # fmt: skip
+
+
+def write_published(path, net, class_name, kwargs, protocol=4, **others):
+    """Write the pickle of `net` with the top-level keyword arguments `kwargs` and other entries. Returns `path`."""
+    data = dict(ema=_convert(net, class_name, **kwargs), loss_fn=Persistent("EDMLoss", P_mean=-1.2), augment_pipe=None,
+                dataset_kwargs=EasyDict(path="x.zip"), **others)  # fmt: skip
+    with unittest.mock.patch.dict(sys.modules, THEIRS):
+        path.write_bytes(pickle.dumps(data, protocol=protocol))
+    return path
+
+
 @pytest.fixture
 def published(monkeypatch, tmp_path):
-    """Function (net, class_name, top-level keyword arguments, other entries) -> path of a pickle of `net`."""
-    for made in (
-        module("dnnlib"), module("dnnlib.util", EasyDict=EasyDict), module("torch_utils"),
-        module("torch_utils.persistence", _reconstruct_persistent_obj=_reconstruct_persistent_obj),
-    ):  # fmt: skip
-        monkeypatch.setitem(sys.modules, made.__name__, made)
-
-    def convert(net, class_name="Any", **init):
-        """A torch module as its persistent counterpart. ModuleDicts stay what they are, with converted children."""
-        children = collections.OrderedDict((k, convert(v)) for k, v in net.named_children())
-        if isinstance(net, torch.nn.ModuleDict):
-            made = torch.nn.ModuleDict()
-            made.__dict__["_modules"] = children
-            return made
-        state = dict(training=False, _parameters=collections.OrderedDict(net._parameters),
-                     _buffers=collections.OrderedDict(net._buffers), _modules=children, _init_args=(), _init_kwargs=init)  # fmt: skip
-        return Persistent(class_name, **state)
-
-    def write(net, class_name, kwargs, protocol=4, **others):
-        top = convert(net, class_name, **kwargs)
-        data = dict(ema=top, loss_fn=Persistent("EDMLoss", P_mean=-1.2), augment_pipe=None, dataset_kwargs=EasyDict(path="x.zip"), **others)
-        path = tmp_path / "network-snapshot.pkl"
-        path.write_bytes(pickle.dumps(data, protocol=protocol))
-        return path
-
-    return write
+    for name, made in THEIRS.items():  # one of the tests unpickles with them
+        monkeypatch.setitem(sys.modules, name, made)
+    return functools.partial(write_published, tmp_path / "network-snapshot.pkl")
 
 
 KWARGS = {
@@ -250,4 +257,4 @@ def test_a_nested_storage_holds_data_only():
     torch.save(torch.arange(3.0).untyped_storage(), buffer)
     assert checkpoints._nested_storage(buffer.getvalue()).nbytes() == 12
     with pytest.raises(UserError, match="refused"):
-        checkpoints._nested_storage(b"junk")
+        checkpoints._nested_storage(pickle.dumps(Attack(os.getcwd), protocol=2))
