@@ -129,6 +129,7 @@ _PUBLISHED_STAND_INS = {
     "torch_utils.persistence._reconstruct_persistent_obj": _Persistent,
 }
 
+_UNKNOWN = "not implemented; use a network that was published with EDM or EDM2"
 _PRECONDITIONING = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "Precond": "edm"}
 _EDM_SHAPE_DEFAULTS = {
     "SongUNet": dict(model_channels=128, channel_mult=(1, 2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.10),
@@ -155,7 +156,7 @@ def _read_published(path):
     if not isinstance(net, _Persistent) or not isinstance(net.state, dict):
         raise UserError("no network under the key 'ema', as a published EDM or EDM2 checkpoint has; give another file")
     if net.class_name not in _PRECONDITIONING:
-        raise UserError(f"a network of class {net.class_name} is not implemented; known: {', '.join(_PRECONDITIONING)}")
+        raise UserError(f"a network of class {net.class_name} is {_UNKNOWN}")
     state = {k: v for k, v in _flatten(net) if "map_augment" not in k}  # augmentation labels are zero outside EDM's training
     return _published_config(net), {"role": "denoiser", "source": "published"}, state
 
@@ -164,12 +165,12 @@ def _published_config(net):
     names = ("img_resolution", "img_channels", "label_dim")  # arguments that may come by position
     args = net.state.get("_init_args", ())
     if len(args) > len(names):
-        raise UserError(f"{len(args)} arguments by position are not implemented, {len(names)} at most")
+        raise UserError(f"more than {len(names)} arguments by position are {_UNKNOWN}")
     kwargs = {**dict(zip(names, args)), **net.state["_init_kwargs"]}
     edm2 = net.class_name == "Precond"
     model_type = "EDM2" if edm2 else kwargs.pop("model_type", "DhariwalUNet" if net.class_name == "EDMPrecond" else "SongUNet")
     if model_type not in _EDM_SHAPE_DEFAULTS:
-        raise UserError(f"network type {model_type!r} is not implemented")
+        raise UserError(f"network type {model_type!r} is {_UNKNOWN}")
 
     architecture = {"EDM2": "edm2", "DhariwalUNet": "adm", "SongUNet": "ddpmpp"}[model_type]
     if model_type == "SongUNet":
@@ -180,14 +181,14 @@ def _published_config(net):
         known = {"ddpmpp": ("positional", "standard", 1, [1, 1]), "ncsnpp": ("fourier", "residual", 2, [1, 3, 3, 1])}
         architecture = next((name for name, value in known.items() if value == kind), None)
         if architecture is None:
-            raise UserError(f"a SongUNet with {kind} is neither DDPM++ nor NCSN++, which are what is implemented")
+            raise UserError(f"a SongUNet with {kind} is neither DDPM++ nor NCSN++: {_UNKNOWN}")
 
     fields = {f.name for f in dataclasses.fields(Config)} - {"architecture", "preconditioning"}
     values = {k: kwargs.pop(k) for k in list(kwargs) if k in fields}
     for key, value in kwargs.items():
         allowed = _FIXED.get(key, [1, 1] if key == "resample_filter" else None)
         if key not in _IGNORED and value is not None and value != allowed:
-            raise UserError(f"argument {key}={value!r} is not implemented")
+            raise UserError(f"argument {key}={value!r} is {_UNKNOWN}")
     values.setdefault("label_dim", 0)
     return Config(
         **{**_EDM_SHAPE_DEFAULTS[model_type], **values},

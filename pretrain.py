@@ -52,9 +52,9 @@ PRESETS = {
         COMMON, data="fashion-mnist", network="fashion-mnist", kimg=600.0, batch=128, lr=1e-3, lr_rampup_kimg=10.0,
         ema_halflife_kimg=20.0, log_kimg=4.0, grid_kimg=40.0, save_kimg=20.0,
     ),
-    # Ours, for a folder of 64x64 pictures (--data) and one GPU; not run at length.
+    # Ours, for a folder of pictures of any size (--data) and one GPU; not run at length.
     "pictures": dict(
-        COMMON, data=None, network="pictures", kimg=20_000.0, batch=256, lr=5e-4, lr_rampup_kimg=500.0,
+        COMMON, data=None, resolution=64, network="pictures", kimg=20_000.0, batch=256, lr=5e-4, lr_rampup_kimg=500.0,
         ema_halflife_kimg=250.0, xflip=True, dropout=0.1,
     ),
     "cifar10": _CIFAR10,
@@ -141,7 +141,7 @@ def main():
     rt = runtime.start(args.device, args.precision)
 
     # Data and networks. The same seed on every rank: all start from the same weights.
-    dataset = rt.main_first(lambda: data.load(args.data))
+    dataset = rt.main_first(lambda: data.load(args.data, resolution=args.resolution))
     torch.manual_seed(args.seed)
     net = networks.Denoiser(network_config(args.network, dataset, args.cond, args.dropout)).train()
     networks.place(net, rt.device, args.compile)

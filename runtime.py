@@ -335,6 +335,7 @@ def parse_args(parser, presets):
     add = parser.add_argument
     add("--preset", choices=list(presets), default=next(iter(presets)), help="settings that the other flags override")
     add("--data", metavar="NAME|PATH", help="digits, fashion-mnist, cifar10, or a folder, zip, .npz or IDX folder")
+    add("--resolution", type=positive(int), metavar="N", help="cut the middle out of images of other sizes and resize it to NxN")
     add("--outdir", metavar="DIR", help="where everything is written; an unfinished run found there is continued "
         "(default: runs/PRESET/pretrain or runs/PRESET/DIVERGENCE)")  # fmt: skip
     add("--kimg", type=positive(float), metavar="N", help="length of the run, in thousands of images")

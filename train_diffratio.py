@@ -83,9 +83,9 @@ PRESETS = {
         COMMON, data="fashion-mnist", init="runs/fashion-mnist/pretrain/network.pt", kimg=300.0, batch=128, lr=1e-4,
         ratio_lr=1e-3, lr_decay_kimg=None, ema_halflife_kimg=10.0, log_kimg=4.0, grid_kimg=20.0, save_kimg=20.0,
     ),
-    "pictures": dict(  # a folder of 64x64 pictures, after pretrain.py --preset pictures
-        _NATURAL, data=None, init="runs/pictures/pretrain/network.pt", kimg=5_000.0, batch=256, lr=5e-5, ratio_lr=2.5e-4,
-        ema_halflife_kimg=250.0, xflip=True,
+    "pictures": dict(  # a folder of pictures of any size, after pretrain.py --preset pictures
+        _NATURAL, data=None, resolution=64, init="runs/pictures/pretrain/network.pt", kimg=5_000.0, batch=256, lr=5e-5,
+        ratio_lr=2.5e-4, ema_halflife_kimg=250.0, xflip=True,
     ),
     "cifar10": dict(_CIFAR10, init="edm-cifar10-32x32-uncond-vp.pkl"),
     "cifar10-cond": dict(_CIFAR10, init="edm-cifar10-32x32-cond-vp.pkl"),
@@ -191,7 +191,7 @@ def main():
     rt = runtime.start(args.device, args.precision)
 
     # Data, generator, ratio network. Dropout is off: the generator is a function of z, and the loss its gradient.
-    dataset = rt.main_first(lambda: data.load(args.data))
+    dataset = rt.main_first(lambda: data.load(args.data, resolution=args.resolution))
     torch.manual_seed(args.seed)
     init = load_init(args, dataset)
     config = dataclasses.replace(init.config, dropout=0.0)
@@ -344,7 +344,7 @@ def fid_measurement(args, dataset, rt):
         decode = sample.latent_decoder(rt.device, sample.VAE)
         if decode is None:
             raise UserError(f"--fid-every: {sample.NO_DIFFUSERS}")
-    reference = rt.main_first(lambda: fid.open_side(args.fid_reference)) if args.fid_reference else dataset
+    reference = rt.main_first(lambda: fid.open_side(args.fid_reference, args.resolution)) if args.fid_reference else dataset
     if isinstance(reference, data.Dataset):
         reference = fid.reference_statistics(extractor, reference, rt)
     reference.check(extractor.tag, extractor.dim, extractor.name)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import data
+import files
 from files import UserError
 
 
@@ -620,6 +621,21 @@ def test_bad_files_are_named(tmp_path, kind, files, expected):
     (tmp_path / "folder").mkdir()
     message = error_of(make(tmp_path / kind, files))
     assert all(words in message for words in [kind, *expected]), message
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EINVAL, "Invalid argument"), OSError("truncated"), MemoryError(), RecursionError(),
+                                   AttributeError("x"), NotImplementedError(), UserError("a line without a name")])
+def test_whatever_a_parser_raises_names_the_file(error):
+    with pytest.raises(UserError, match="^some/file: "), files.reading("some/file", "a picture"):
+        raise error
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOSPC])
+def test_errors_of_the_system_keep_their_words(number):
+    for name in ("other/file", None):
+        with pytest.raises(OSError) as caught, files.reading("some/file", "a picture"):
+            raise OSError(number, os.strerror(number), name)
+        assert (caught.value.errno, caught.value.filename) == (number, name or "some/file")
 
 
 def test_an_empty_folder(tmp_path):

@@ -9,6 +9,7 @@ import functools
 import io
 import os
 import pickle
+import resource
 import sys
 import types
 import unittest.mock
@@ -242,6 +243,18 @@ def test_files_that_are_no_network_are_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(UserError, match="file.pkl"):
         load_network(path)
+
+
+@pytest.mark.parametrize("content", [
+    b"\x80\x02K\x01r" + (2**26).to_bytes(4, "little") + b".",  # "remember this as number 2^26"
+    b"\x80\x05\x96" + (2**30).to_bytes(8, "little") + b".",  # "a bytearray of 2^30 bytes follows"
+])  # fmt: skip
+def test_a_few_damaged_bytes_do_not_fill_the_memory(tmp_path, content):
+    (tmp_path / "file.pkl").write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="file.pkl"):
+        load_network(tmp_path / "file.pkl")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # kB
 
 
 def test_dotted_names_reach_nothing(tmp_path):

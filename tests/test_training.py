@@ -311,6 +311,15 @@ def test_data_that_does_not_fit(refused, stage1, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_resolution_makes_pictures_of_any_size_fit(call, refused, tmp_path):
+    np.savez(tmp_path / "tall.npz", images=np.random.default_rng(0).integers(0, 256, (40, 20, 16, 1), np.uint8))
+    args = [*SHORT, "--data", tmp_path / "tall.npz", "--outdir", tmp_path / "run"]
+    assert "--resolution" in refused(pretrain, *args)
+    call(pretrain, *args, "--resolution", 8)
+    assert checkpoints.load_network(tmp_path / "run" / "network.pt").config.img_resolution == 8
+    assert "--resolution 8" in refused(pretrain, *args, "--resolution", 16)  # of a run, it decides what is trained on
+
+
 def test_batches_that_do_not_divide(refused, tmp_path):
     assert "--micro-batch" in refused(pretrain, "--batch", "10", "--micro-batch", "3", "--outdir", tmp_path)
 
