@@ -171,9 +171,9 @@ def splice(content, rng):
     return content
 
 
-MARKS = [b"PK\1\2", b"PK\3\4", b"PK\5\6", b"\x1f\x8b", b"ustar", b"\x93NUMPY", b"shape", b"descr", b"\0\0\x08",  # archives, arrays
-         b"\x89PNG", b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"\xff\xc0", b"\xff\xc2", b"\xff\xc4", b"\xff\xda", b"BM", b"RIFF", b"VP8",
-         b"ALPH", b"\x80\x02", b"\x80\x04", b"_init_kwargs", b"channel_mult", b"labels"]  # images, pickles  # fmt: skip
+MARKS = [b"PK\1\2", b"PK\3\4", b"PK\5\6", b"\x1f\x8b", b"ustar", b"\x93NUMPY", b"shape", b"descr", b"\0\0\x08",
+         b"\x89PNG", b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"\xff\xc0", b"\xff\xc2", b"\xff\xc4", b"\xff\xda", b"BM", b"RIFF",
+         b"VP8", b"ALPH", b"\x80\x02", b"\x80\x04", b"_init_kwargs", b"channel_mult", b"labels"]  # fmt: skip
 VALUES = [b"\0", b"\1", b"\xff", b"\x7f", bytes(4), b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x7f\xff\xff\xff", b"\0\0\1\0",
           b"9", b"-", b"'"]  # fmt: skip
 
