@@ -48,7 +48,8 @@ def reading(path, what, remedy="get it again"):
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename or path}: no such file") from None
+        missing = str(error.filename or path)
+        raise UserError(f"{missing}: no such file{f'; {remedy}' if missing != str(path) else ''}") from None
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
     except Exception as error:

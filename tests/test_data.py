@@ -476,6 +476,9 @@ def test_a_damaged_cache_is_named(tmp_path, rgb, small_memory):
     (cached / "images.npy").write_bytes((cached / "images.npy").read_bytes()[:300])
     message = error_of(folder, tmp_path / "cache")
     assert str(cached) in message and "delete" in message
+    (cached / "images.npy").unlink()
+    message = error_of(folder, tmp_path / "cache")
+    assert str(cached) in message and "delete" in message
 
 
 # ---------------------------------------------------------------------------------------------------------
