@@ -20,7 +20,7 @@ import pretrain
 import runtime
 import sample
 import train_diffratio
-from conftest import SHORT, same, weights
+from conftest import SHORT, alike, same, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,6 +54,7 @@ def test_two_iterations_written_out_by_hand(call, stage1, tmp_path):
     generator = checkpoints.load_network(stage1 / "network.pt")
     ratio = networks.RatioNetwork(generator.config)
     ratio.load_encoder(generator)
+    ratio_start = {k: v.clone() for k, v in ratio.state_dict().items()}
     steps = [torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.0, 0.999)) for net in (ratio, generator)]
 
     def follow(optimizer, loss):
@@ -82,8 +83,8 @@ def test_two_iterations_written_out_by_hand(call, stage1, tmp_path):
         follow(steps[1], -0.5 * (1 + h.exp()).log().mean())  # Jensen-Shannon
 
     saved = files.load_checkpoint(tmp_path / "checkpoint.pt")
-    assert same(saved["ratio"], ratio.state_dict(), atol=1e-4) and same(saved["generator"], generator.state_dict(), atol=1e-4)
-    assert not same(weights(stage1 / "network.pt"), generator.state_dict(), atol=1e-3)  # they moved much further than that
+    assert alike(saved["ratio"], ratio.state_dict(), ratio_start)
+    assert alike(saved["generator"], generator.state_dict(), weights(stage1 / "network.pt"))
 
 
 @pytest.mark.parametrize("divergence", list(train_diffratio.DIVERGENCES))
@@ -160,7 +161,8 @@ def test_bf16_stays_close_to_fp32(call, stage1, tmp_path):
     call(train_diffratio, *args, "--outdir", tmp_path / "a", "--precision", "bf16")
     call(train_diffratio, *args, "--outdir", tmp_path / "b")
     a, b = (json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in "ab")
-    assert a["ratio_loss"] == pytest.approx(b["ratio_loss"], abs=0.02)
+    # The loss is 0.004 below the ln 2 of a blind network, and bf16 rounds to 0.4 % in each of some ten layers.
+    assert a["ratio_loss"] == pytest.approx(b["ratio_loss"], abs=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -235,7 +237,8 @@ def test_one_step_from_stage_1_is_the_generator_that_stage_2_starts_from(call, r
     net = checkpoints.load_network(stage1 / "network.pt")
     with torch.no_grad():
         images = sample.one_step(net, sample.inputs(net.config, range(4), 0, "cpu")[0], None, 1.5)
-    assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], data.to_uint8(images))
+    found = np.load(tmp_path / "a.npz")["arr_0"].astype(int)
+    assert np.abs(found - data.to_uint8(images)).max() <= 1  # channels-last or not, float32 sums round differently
     checkpoints.save_network(tmp_path / "g.pt", net, role="generator", t_init=2.5)
     assert "holds a generator" in refused(sample, "--network", tmp_path / "g.pt", "--one-step", "2", "--out", tmp_path / "x.png")
 
