@@ -249,8 +249,8 @@ def test_micro_batches_do_not_change_the_result(call, stage1, tmp_path, stage):
 def test_ranks_micro_batches_and_compilation_may_change_within_a_run(call, stage1, tmp_path, monkeypatch, stage, precision):
     """One rank; two with micro-batches and FID, one of which gets SIGTERM; one, compiled: the result of one rank throughout.
 
-    In float32 up to rounding: the weights are moved by 8 steps of at most 5e-4. In bfloat16 products have 8 bits, of which
-    sums over another order lose some, so that Adam's first steps, which follow signs, part where gradients are near zero.
+    Up to rounding. In bfloat16 gradients are rounded to 0.2 %, so for 0.2 % of the weights Adam's first steps, which follow
+    signs, may go the other way: that is sqrt(0.002) * 2, or 9 % of the way of all.
     """
     script, args = scripts(stage1)[stage]
     args = [*args, *SHORT, "--precision", precision, "--log-kimg", "0.064"]
@@ -258,6 +258,7 @@ def test_ranks_micro_batches_and_compilation_may_change_within_a_run(call, stage
         args += ["--fid-every", "0.064", "--fid-images", "100", "--fid-features", stage1 / "network.pt"]
     call(script, *args, "--outdir", tmp_path / "one")
     call(script, *args, "--outdir", tmp_path / "parts", "--kimg", "0.064")
+    start = weights(tmp_path / "parts" / "network.pt")
 
     done = python(f"""
 import os, runtime, signal, {script.__name__} as script
@@ -279,11 +280,11 @@ runtime.run(script.main)""", *args, "--outdir", tmp_path / "parts", "--micro-bat
     call(script, *args, "--outdir", tmp_path / "parts", "--compile")
     one, parts = log_of(tmp_path / "one"), log_of(tmp_path / "parts")
     assert [r.keys() for r in one] == [r.keys() for r in parts]
-    tolerance = 2e-4 if precision == "fp32" else 2e-3
-    assert same(weights(tmp_path / "one" / "network.pt"), weights(tmp_path / "parts" / "network.pt"), atol=tolerance)
+    ends = (weights(tmp_path / name / "network.pt") for name in ("one", "parts"))
+    assert alike(*ends, start, share=0.01 if precision == "fp32" else 0.2)
     for a, b in zip(one, parts):
         for key in a.keys() - {"nimg", "bands"}:
-            assert a[key] == pytest.approx(b[key], rel=1e-3 if precision == "fp32" else 2e-2), key
+            assert a[key] == pytest.approx(b[key], rel=0.02), key  # one of 128 logits may change its sign: accuracy
 
 
 # ---------------------------------------------------------------------------------------------------------
