@@ -185,7 +185,7 @@ def main():
             about = dict(role="denoiser", nimg=run.nimg, data=dataset.name)
             run.save(lambda: checkpoints.save_network(run.dir / "network.pt", ema, **about))
         if run.due(args.grid_kimg) and rt.is_main:
-            sample.preview(ema, run.dir / f"samples-{run.nimg // 1000:06d}.png", args.seed, rt, run.since(args.grid_kimg) // 16)
+            sample.preview(ema, run.dir / f"samples-{run.nimg // 1000:06d}.png", args.seed, rt, run.since(args.grid_kimg))
     run.finish()
 
 

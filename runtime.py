@@ -57,7 +57,7 @@ def run(main):
         if _place()[1] == 1:
             raise
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        _end(f"error: another rank has gone ({str(error).split('. ')[0]})" if lost else traceback.format_exc(), 1)
+        _end(f"error: another rank has gone, perhaps killed ({str(error).split('. ')[0]})" if lost else traceback.format_exc(), 1)
     finally:
         _at_end.close()
 
@@ -82,11 +82,13 @@ def _end(message, code=2):
     name = Path(sys.argv[0]).name
     message = message.rstrip() if "Traceback" in message else " ".join(message.split())
     rank, world_size = _place()
-    if rank > 0:
-        time.sleep(1)  # the first rank goes ahead
-        name += f", rank {rank}"
+    name += f", rank {rank}" if rank else ""
     if world_size > 1:
-        with contextlib.suppress(Exception):  # without torchrun the store goes with the first rank
+        with contextlib.suppress(Exception):  # the store may have gone with the first rank
+            for _ in range(10 if rank else 0):  # which goes ahead by a second
+                time.sleep(0.1)
+                if _meeting_point().check(["ended"]):
+                    os._exit(code)
             if _meeting_point().add("ended", 1) > 1:
                 os._exit(code)
     with contextlib.suppress(OSError):  # a closed terminal

@@ -301,7 +301,7 @@ def main():
         if run.due(args.save_kimg) or run.stopping or args.fid_every and run.due(args.fid_every):
             run.save(write_networks)
         if run.due(args.grid_kimg) and rt.is_main:
-            sample.preview(ema, run.dir / f"samples-{run.nimg // 1000:06d}.png", args.seed, rt, run.since(args.grid_kimg) // 16)
+            sample.preview(ema, run.dir / f"samples-{run.nimg // 1000:06d}.png", args.seed, rt, run.since(args.grid_kimg))
         log_fid()
     run.finish()
 
