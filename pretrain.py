@@ -3,7 +3,7 @@
 Elucidating the Design Space of Diffusion-Based Generative Models (EDM), arXiv 2206.00364; for `imagenet512` EDM2,
 arXiv 2312.02696. Reads a data set (data.py). Writes into --outdir: `network.pt` (the EMA network, for sampling and for
 stage 2), `checkpoint.pt` (all that a continuation needs), `log.jsonl` and sample grids. The same command again
-continues the run.
+continues the run; Ctrl-C or SIGTERM stops it after the step in hand, with a checkpoint.
 
     python pretrain.py                                    the embedded digits, minutes on a laptop CPU
     python pretrain.py --preset fashion-mnist             hours on a laptop CPU

@@ -340,7 +340,8 @@ def parse_args(parser, presets):
     add("--resolution", type=positive(int), metavar="N", help="cut the middle out of images of other sizes and resize it to NxN")
     add("--outdir", metavar="DIR", help="where everything is written; an unfinished run found there is continued "
         "(default: runs/PRESET/pretrain or runs/PRESET/DIVERGENCE)")  # fmt: skip
-    add("--kimg", type=positive(float), metavar="N", help="length of the run, in thousands of images")
+    add("--kimg", type=positive(float), metavar="N", help="length of the run, in thousands of images; a larger N continues "
+        "a finished run")  # fmt: skip
     add("--batch", type=positive(int), metavar="N", help="images per step, over all ranks")
     add("--micro-batch", type=positive(int), metavar="N", help="images at once on each rank (default: all of its share); "
         "changes the memory only, up to rounding; masks of dropout follow it")  # fmt: skip
@@ -471,9 +472,10 @@ class Run:
         before = state["settings"]
         for key in sorted(self.settings.keys() & before.keys()):  # a flag that came later had no effect then
             old, new = before[key], self.settings[key]
-            if old != new:
+            if old != new and old != "auto":  # a precision that older checkpoints do not tell
                 flag = "--" + key.replace("_", "-")
-                raise UserError(f"{path} was trained with {flag} {old}, not {new}; continue with {old} or choose another --outdir")
+                raise UserError(f"{path} was trained with {flag} {old}, not {new}; "
+                                f"continue with {old} or choose another --outdir")  # fmt: skip
 
     def goes_on(self):
         """Whether there is another step to take. From the first call on, signals wait for the end of a step."""

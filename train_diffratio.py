@@ -7,7 +7,8 @@ gradient of a divergence that is a function of h. There is no teacher and no sco
 
 Reads a data set (data.py) and the network of stage 1 (`--init`: a network.pt of pretrain.py or a published EDM or EDM2
 pickle). Writes into --outdir: `network.pt` (the EMA generator, for sampling), `ratio.pt` (the ratio network),
-`checkpoint.pt` (all that a continuation needs), `log.jsonl` and sample grids. The same command again continues the run.
+`checkpoint.pt` (all that a continuation needs), `log.jsonl` and sample grids. The same command again continues the run;
+Ctrl-C or SIGTERM stops it after the step in hand, with a checkpoint.
 
 A line of log.jsonl holds means over the images since the line before:
     nimg                images seen so far; images_per_second, peak_memory_gb: speed and memory
