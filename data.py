@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from files import NUMPY_STAND_INS, UserError, atomic, cache_dir, download, read_pickle, reading, status
+from files import NUMPY_STAND_INS, UserError, atomic, cache_dir, download, lock, read_pickle, reading, remove_parts, status
 from runtime import rng
 
 DIGITS = Path(__file__).parent / "assets" / "digits.npz"
@@ -475,20 +475,27 @@ def _convert(path, items, count, decode, labels, whole):
     arrays = itertools.chain([first], arrays)
     if count * first.nbytes <= MEMORY_LIMIT:
         return np.fromiter(arrays, np.dtype((first.dtype, first.shape)), count), labels
-    print(f"converting {path} to {whole} (once)", file=sys.stderr, flush=True)
-    try:
-        with atomic(whole) as part:
-            part.mkdir(exist_ok=True)  # a killed process may have left one
-            with open(part / "images.npy", "wb") as file:  # not through a memory map, where a full disk is a crash
-                _write_npy_header(file, (count, *first.shape), first.dtype)
-                for array in arrays:
-                    file.write(array.tobytes())
-            if labels is not None:
-                np.save(part / "labels.npy", labels)
-    except OSError as error:
-        if not whole.is_dir():  # otherwise another process has finished the same conversion first
-            error.filename = error.filename or error.errno and str(whole)
-            raise
+    # Another process, perhaps on another machine with the same cache, may be making the same.
+    held = lock(whole.parent.with_name("locks") / whole.name, whole, wait=True)
+    with held or contextlib.nullcontext():
+        if whole.is_dir():
+            return _open_cache(whole)
+        if held:
+            remove_parts(whole.parent, whole.name)
+        print(f"converting {path} to {whole} (once)", file=sys.stderr, flush=True)
+        try:
+            with atomic(whole) as part:
+                part.mkdir(exist_ok=True)  # without locks a killed process may have left one
+                with open(part / "images.npy", "wb") as file:  # not through a memory map, where a full disk is a crash
+                    _write_npy_header(file, (count, *first.shape), first.dtype)
+                    for array in arrays:
+                        file.write(array.tobytes())
+                if labels is not None:
+                    np.save(part / "labels.npy", labels)
+        except OSError as error:
+            if not whole.is_dir():  # without locks another process can have finished the same conversion first
+                error.filename = error.filename or error.errno and str(whole)
+                raise
     return _open_cache(whole)
 
 

@@ -470,6 +470,15 @@ def test_two_processes_may_convert_at_the_same_time(tmp_path, rgb, small_memory,
     assert np.array_equal(data.load(folder, tmp_path / "cache").images, rgb)
 
 
+def test_what_a_killed_conversion_left_behind_is_removed(tmp_path, rgb, small_memory):
+    folder = make(tmp_path / "set", {f"{i}.png": png(image) for i, image in enumerate(rgb)})
+    data.load(folder, tmp_path / "cache")
+    cached, = (tmp_path / "cache" / "datasets").iterdir()
+    cached.rename(cached.with_name(f".{cached.name}.elsewhere.1.part"))
+    data.load(folder, tmp_path / "cache")
+    assert list((tmp_path / "cache" / "datasets").iterdir()) == [cached]
+
+
 def test_a_damaged_cache_is_named(tmp_path, rgb, small_memory):
     folder = make(tmp_path / "set", {f"{i}.png": png(image) for i, image in enumerate(rgb)})
     data.load(folder, tmp_path / "cache")

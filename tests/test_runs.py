@@ -317,7 +317,7 @@ runtime.run(main)""", ranks=2)  # fmt: skip
 
 
 def test_one_rank_of_each_machine_converts_and_the_others_wait_without_a_time_limit(tmp_path):
-    """Two ranks of one machine, then of two machines without a common cache."""
+    """Two ranks of one machine, then of two machines without a common cache, then with one."""
     data.write_images([(np.zeros((5, 8, 8, 3), np.uint8), None)], tmp_path / "set", 5)
     done = python("""
 import data, os, pathlib, runtime, sys, time
@@ -332,7 +332,7 @@ def main():
             assert group is rt.host_group
             return f(*args, group=group, **kwargs)
         setattr(dist, name, checked)
-    for local_rank, place in ((rank, "one machine"), (0, f"machine {rank}")):
+    for local_rank, place in ((rank, "one machine"), (0, f"machine {rank}"), (0, "shared")):
         rt = runtime.dataclasses.replace(rt, local_rank=local_rank)
         def load():
             dataset = data.load(folder, pathlib.Path(cache, place))
@@ -344,8 +344,8 @@ def main():
 runtime.run(main)""", tmp_path / "set", tmp_path / "cache", ranks=2)  # fmt: skip
     assert done.returncode == 0, done.stderr
     converted = [line for line in done.stderr.splitlines() if line.startswith("converting")]
-    places = [place for place in ("one machine", "machine 0", "machine 1") for line in converted if f"/{place}/" in line]
-    assert places == ["one machine", "machine 0", "machine 1"], done.stderr
+    places = [place for place in ("one machine", "machine 0", "machine 1", "shared") for line in converted if f"/{place}/" in line]
+    assert places == ["one machine", "machine 0", "machine 1", "shared"], done.stderr
 
 
 def test_ranks_that_do_not_share_the_folder_are_stopped(call, tmp_path):
