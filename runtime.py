@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from files import UserError, atomic, flush, load_checkpoint, lock, remove_parts, save_checkpoint
+from files import UserError, atomic, flush, load_checkpoint, lock, reading, remove_parts, save_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------
 # Errors, and the end of a process.
@@ -271,8 +271,8 @@ class Log:
         self.path = Path(path)
         if self.path.exists():
             # A line that a killed run left half-written is later than its last checkpoint: only whole lines are read.
-            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            with atomic(self.path) as part:
+            with reading(self.path, "the log of a run", "move it elsewhere"), atomic(self.path) as part:
+                whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
                 part.write_text("".join(line for line in whole if json.loads(line)["nimg"] <= resume_at))
 
     def write(self, record):
@@ -449,13 +449,14 @@ class Run:
                 remove_parts(self.dir)
         if path.exists():
             state = load_checkpoint(path)
-            self._check(path, state)
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            self.nimg = state["nimg"]
-            self.logged_nimg = state.get("logged_nimg", self.nimg)
-            if rt.is_main:  # the sums over the ranks
-                self.sums = {name: value.to(rt.device) for name, value in state.get("sums", {}).items()}
+            with reading(path, "a checkpoint of such a run", "choose another --outdir"):
+                self._check(path, state)
+                for name, part in parts.items():
+                    part.load_state_dict(state[name])
+                self.nimg = state["nimg"]
+                self.logged_nimg = state.get("logged_nimg", self.nimg)
+                if rt.is_main:  # the sums over the ranks
+                    self.sums = {name: value.to(rt.device) for name, value in state.get("sums", {}).items()}
         if (nimg := rt.first(lambda: self.nimg)) != self.nimg:
             raise UserError(f"{path} is at {self.nimg / 1000:g} kimg here and at {nimg / 1000:g} where the first rank runs; "
                             "--outdir must be on a disk that all machines share")  # fmt: skip

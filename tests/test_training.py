@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import sys
 import zipfile
 
@@ -277,6 +278,21 @@ def test_latents_are_written_where_diffusers_is_missing(call, refused, tmp_path,
 
 def test_stage_2_without_stage_1_says_what_to_run(refused, tmp_path):
     assert "python pretrain.py --preset digits" in refused(train_diffratio, "--init", tmp_path / "none.pt", "--outdir", tmp_path)
+
+
+def test_a_damaged_log_or_a_foreign_checkpoint_is_named(refused, stage1, tmp_path):
+    shutil.copytree(stage1, tmp_path / "run")
+    args = ["--kimg", "32", "--ema-halflife-kimg", "2", "--device", "cpu", "--outdir", tmp_path / "run"]
+    log, checkpoint = tmp_path / "run" / "log.jsonl", tmp_path / "run" / "checkpoint.pt"
+    whole = log.read_bytes()
+    log.write_bytes(whole[:9] + bytes(9) + whole[18:])
+    assert f"{log}: not the log of a run" in refused(pretrain, *args)
+    log.write_bytes(whole)
+    state = files.load_checkpoint(checkpoint)
+    files.save_checkpoint({key: value for key, value in state.items() if key != "net"}, checkpoint)
+    assert f"{checkpoint}: not a checkpoint of such a run" in refused(pretrain, *args)
+    files.save_checkpoint({**state, "net": {**state["net"], "more": torch.zeros(1)}}, checkpoint)
+    assert str(checkpoint) in refused(pretrain, *args)
 
 
 def test_wrong_kinds_of_checkpoint(call, refused, stage1, tmp_path):
