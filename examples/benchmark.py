@@ -147,8 +147,7 @@ MEASURED = {  # what a row says: the function that prepares it
 
 
 def measure(function, device, repeats):
-    """(median seconds, peak memory in GB) of one call of `function`, after two that do not count."""
-    function()
+    """(median seconds, peak memory in GB) of one call of `function`, after one that does not count."""
     function()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
