@@ -85,9 +85,9 @@ def test_a_bf16_step_computes_in_bf16_and_copies_no_layout(architecture):
             loss.backward()
 
     in_bf16 = ("convolution", "mm", "group_norm", "silu", "avg_pool2d", "upsample", "scaled_dot_product")
-    types = {name: tensors[0].dtype for name, tensors, _ in log.rows if any(word in name for word in in_bf16)}
-    every = {tensors[0].dtype for name, tensors, _ in log.rows if name in types}
-    assert {"convolution", "convolution_backward", "silu", "silu_backward", "mm"} <= types.keys() and every == {torch.bfloat16}
+    found = {(name, tensors[0].dtype) for name, tensors, _ in log.rows if any(word in name for word in in_bf16)}
+    assert {"convolution", "convolution_backward", "silu", "silu_backward", "mm"} <= {name for name, _ in found}
+    assert {dtype for _, dtype in found} == {torch.bfloat16}, found
 
     def layout(t):
         if t.ndim != 4 or len(t) != n or t.is_contiguous() == t.is_contiguous(memory_format=torch.channels_last):
