@@ -234,7 +234,7 @@ def load(spec, cache=None, resolution=None):
     path = DIGITS if source == "digits" else _fetch(source, cache) if source in DOWNLOADS else Path(source).expanduser()
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; a data set is digits, fashion-mnist, cifar10 or a path")
-    with reading(path, "a data set", "delete it and get it again"):
+    with reading(path, "a data set", "delete it and get it again" if source in DOWNLOADS else "get it again"):
         listing = _list_folder(path) if path.is_dir() else [(path.name, path.stat().st_size, path.stat().st_mtime_ns)]
         key = hashlib.sha256(repr((os.path.abspath(path), test, resolution, listing)).encode()).hexdigest()[:16]
         whole = cache / "datasets" / f"{path.stem}-{key}"
@@ -303,7 +303,8 @@ def _load_idx(folder, split):
         path = path if path.exists() else path.with_name(path.name + ".gz")
         if not path.exists():
             raise UserError(f"{path}: no such file; an IDX data set needs its images and its labels in one folder")
-        with reading(path, "an IDX file"), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        unpacked = gzip.open if path.suffix == ".gz" else open
+        with reading(path, "an IDX file", "delete it and get it again"), unpacked(path, "rb") as file:
             data = file.read()
             header = [int.from_bytes(data[i:i + 4], "big") for i in range(0, 4 + 4 * ndim, 4)]
             if header[0] != magic:
