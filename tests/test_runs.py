@@ -101,6 +101,7 @@ def test_a_signal_ends_the_step_and_the_run_continues_exactly(call, stage1, tmp_
     def signalled(run):
         if run.nimg == 64:
             os.kill(os.getpid(), number)
+            run.signal_time += 60  # together, however slow the machine is
             os.kill(os.getpid(), number)
         advance(run)
 
@@ -312,8 +313,8 @@ def main():
     for i in range(1000):
         rt.sum(torch.ones(1))
 runtime.run(main)""", ranks=2)  # fmt: skip
-        expected = [": error: No space left on device: checkpoint.pt", ", rank 1: error: no such file on this machine"][rank]
-        assert said(done) == [f"script.py{expected}"] and done.returncode != 0, done.stderr
+        expected = ["error: No space left on device: checkpoint.pt", "script.py, rank 1: error: no such file on this machine"][rank]
+        assert len(said(done)) == 1 and said(done)[0].endswith(expected) and done.returncode != 0, done.stderr
 
 
 def test_one_rank_of_each_machine_converts_and_the_others_wait_without_a_time_limit(tmp_path):
