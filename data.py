@@ -555,49 +555,45 @@ def write_images(batches, out, count):
     out: a path ending in .npz, for one file with `arr_0` (`latents` for latents) and, with labels, `arr_1`;
         or a new or empty folder, for PNG files and, with labels, a dataset.json.
     """
-    out = Path(out)
-    if out.suffix == ".npz":
-        write = _write_npz
-    else:
-        write = _write_folder
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):  # asked before the first batch is made
-            raise UserError(f"{out}: exists already; give a new folder, or remove this one")
+    out, labels, written = Path(out), [], 0
+    if out.suffix != ".npz" and out.exists() and not (out.is_dir() and not any(out.iterdir())):  # before the first batch
+        raise UserError(f"{out}: exists already; give a new folder, or remove this one")
+
+    def images():
+        nonlocal written
+        for batch, batch_labels in batches:
+            written += len(batch)
+            labels.extend([] if batch_labels is None else [int(label) for label in batch_labels])
+            yield batch
+
     with atomic(out) as part:
-        write(batches, part, count)
+        (_write_npz if out.suffix == ".npz" else _write_folder)(images(), labels, part, count)
+        assert written == count, (written, count)
 
 
-def _write_npz(batches, part, count):
-    batches = iter(batches)
-    images, labels = next(batches)
-    all_labels, written = [], 0
+def _write_npz(batches, labels, part, count):
+    """Write arrays [n, ...] that together have `count` rows; `labels` is complete after the last of them."""
+    first = next(batches)
     with zipfile.ZipFile(part, "w") as archive:
-        with archive.open("arr_0.npy" if images.dtype == np.uint8 else "latents.npy", "w", force_zip64=True) as member:
-            _write_npy_header(member, (count, *images.shape[1:]), images.dtype)
-            for images, labels in itertools.chain([(images, labels)], batches):
-                member.write(images.tobytes())
-                written += len(images)
-                all_labels += [] if labels is None else [int(label) for label in labels]
-        if all_labels:
+        with archive.open("arr_0.npy" if first.dtype == np.uint8 else "latents.npy", "w", force_zip64=True) as member:
+            _write_npy_header(member, (count, *first.shape[1:]), first.dtype)
+            for batch in itertools.chain([first], batches):
+                member.write(batch.tobytes())
+        if labels:
             with archive.open("arr_1.npy", "w") as member:
-                np.lib.format.write_array(member, np.array(all_labels, np.int64))
-    assert written == count, (written, count)
+                np.lib.format.write_array(member, np.array(labels, np.int64))
 
 
-def _write_folder(batches, part, count):
-    written, all_labels = 0, []
+def _write_folder(batches, labels, part, count):
     part.mkdir()
-    for images, labels in batches:
-        if images.dtype != np.uint8:
+    names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(count)]  # a thousand per folder keeps listings quick
+    for image, name in zip(itertools.chain.from_iterable(batches), names):
+        if image.dtype != np.uint8:
             raise UserError("latents can only be written to a .npz file; give --out a name that ends in .npz")
-        for i, image in enumerate(images):
-            name = f"{written // 1000:05d}/img{written:08d}.png"  # a thousand per folder keeps listings quick
-            (part / name).parent.mkdir(exist_ok=True)
-            _to_pillow(image).save(part / name)
-            written += 1
-            all_labels += [] if labels is None else [[name, int(labels[i])]]
-    if all_labels:
-        (part / "dataset.json").write_text(json.dumps({"labels": all_labels}))
-    assert written == count, (written, count)
+        (part / name).parent.mkdir(exist_ok=True)
+        _to_pillow(image).save(part / name)
+    if labels:
+        (part / "dataset.json").write_text(json.dumps({"labels": list(zip(names, labels))}))
 
 
 def _to_pillow(image):  # uint8 [H, W, C]; Pillow wants gray images without a channel axis
