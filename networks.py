@@ -74,7 +74,7 @@ _EDM2 = dict(architecture="edm2", img_resolution=64, img_channels=4, label_dim=1
              num_blocks=3, attn_resolutions=(16, 8))  # fmt: skip
 
 NETWORKS = {
-    "digits": Config(img_resolution=8, img_channels=1, model_channels=32, channel_mult=(1, 2), num_blocks=2,
+    "digits": Config(img_resolution=8, img_channels=1, model_channels=32, channel_mult=(1, 2), num_blocks=1,
                      attn_resolutions=()),
     "fashion-mnist": Config(img_resolution=28, img_channels=1, model_channels=32, channel_mult=(1, 2, 2),
                             num_blocks=2, attn_resolutions=(7,)),

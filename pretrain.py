@@ -46,7 +46,7 @@ PRESETS = {
     # Ours, tuned for a good result within minutes (digits) and hours (fashion-mnist) of a laptop CPU.
     "digits": dict(
         COMMON, data="digits", network="digits", kimg=200.0, batch=128, lr=1e-3, lr_rampup_kimg=5.0,
-        ema_halflife_kimg=20.0, log_kimg=8.0, grid_kimg=40.0, save_kimg=40.0,
+        ema_halflife_kimg=20.0, log_kimg=10.0, grid_kimg=50.0, save_kimg=50.0,
     ),
     "fashion-mnist": dict(
         COMMON, data="fashion-mnist", network="fashion-mnist", kimg=600.0, batch=128, lr=1e-3, lr_rampup_kimg=10.0,

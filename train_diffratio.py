@@ -75,8 +75,8 @@ PRESETS = {
     # On 1797 images a faster ratio network learns them by heart; rates that fall to zero bring the samples closer.
     "digits": dict(
         COMMON, data="digits", init="runs/digits/pretrain/network.pt",
-        kimg=130.0, batch=128,  # thousands of images in all; images per step
-        lr=1e-4, ratio_lr=5e-4, lr_decay_kimg=None,  # learning rates of the generator and of the ratio network
+        kimg=100.0, batch=128,  # thousands of images in all; images per step
+        lr=1e-4, ratio_lr=3.5e-4, lr_decay_kimg=None,  # learning rates of the generator and of the ratio network
         ema_halflife_kimg=20.0,  # of the averaged generator, thousands of images
         log_kimg=5.0, grid_kimg=25.0, save_kimg=25.0,
     ),

@@ -12,7 +12,6 @@ import collections
 import contextlib
 import gzip
 import io
-import pickle
 import re
 import resource
 import sys

@@ -438,7 +438,7 @@ def test_a_changed_file_is_converted_again(tmp_path, rgb, small_memory):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")])
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, rgb, small_memory, monkeypatch, error):
     folder = make(tmp_path / "set", {f"{i}.png": png(image) for i, image in enumerate(rgb)})
-    decode, count = data._decode_all, 0
+    decode = data._decode_all
 
     def stop_halfway(*args):
         for i, array in enumerate(decode(*args)):

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 import checkpoints
 import data
 import fid
-import files
 import networks
 import runtime
 from files import UserError

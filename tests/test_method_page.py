@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_method import F_OF_U
 
-from train_diffratio import DIVERGENCES, PRESETS
+from train_diffratio import DIVERGENCES
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "METHOD.md").read_text()
@@ -58,17 +58,6 @@ def test_table_of_divergences_is_true(name):
     torch.testing.assert_close(constant, constant[:1].expand(41))
     slope = torch.autograd.grad(value(loss, h=h).sum(), h)[0]
     torch.testing.assert_close(value(weight, h=h) + 0 * h, -slope)
-
-
-def test_our_rows_among_the_settings_of_peers_are_the_presets():
-    rows = re.findall(r"^\| \*\*here\*\*, `(\w+)` \|(.*)$", PAGE, re.MULTILINE)
-    assert len(rows) == 3
-    for name, row in rows:
-        preset = PRESETS[name]
-        wanted = (preset[key] for key in ("lr", "ratio_lr", "beta1", "beta2", "batch", "kimg", "karras_share", "t_init"))
-        lr, ratio_lr, beta1, beta2, batch, million, share, t_init = (float(x) for x in re.findall(r"\d[\de.-]*", row))
-        assert [lr, ratio_lr, beta1, beta2, batch, 1000 * million, share, t_init] == list(wanted)
-        assert preset["noise"] == "karras"
 
 
 def test_formulas_survive_markdown():

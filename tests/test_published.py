@@ -20,7 +20,6 @@ import torch
 from test_networks import randomise, small
 
 import checkpoints
-import networks
 import sample
 import train_diffratio
 from checkpoints import load_network

@@ -6,10 +6,12 @@ import json
 import shutil
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import SHORT, alike, same, weights
 from PIL import Image
 
 import checkpoints
@@ -21,7 +23,6 @@ import pretrain
 import runtime
 import sample
 import train_diffratio
-from conftest import SHORT, alike, same, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -231,6 +232,17 @@ def test_images_of_a_seed_do_not_depend_on_the_batch(call, stage1, tmp_path, sta
     assert a.shape == (10, 8, 8, 1) and a.dtype == np.uint8
     assert np.abs(a.astype(int) - b).max() <= 1  # a grey level, where rounding falls on the other side
     assert np.mean(a != b) < 0.01
+
+
+def test_the_weights_in_assets_draw_digits_without_any_flag(call, tmp_path):
+    """Right after the installation, near the data: a few times as far as its halves from each other, and all ten digits."""
+    call(sample, "--n", "1797", "--batch", "600", "--out", tmp_path / "digits.npz")
+    images, digits = np.load(tmp_path / "digits.npz")["arr_0"], data.load("digits")
+    x, known = (torch.from_numpy(a.reshape(len(a), -1)).float() for a in (images, digits.images))
+    nearest = digits.labels[torch.cdist(x, known).argmin(dim=1).numpy()]
+    assert np.bincount(nearest, minlength=10).min() > 0.04 * len(images)
+    assert abs(images.mean() - digits.images.mean()) < 5 and abs(images.std() - digits.images.std()) < 5
+    call(sample, "--ratio", Path(sample.DIGITS).with_name("digits-ratio.pt"), "--candidates", "2", "--out", tmp_path / "x.png")
 
 
 def test_one_step_from_stage_1_is_the_generator_that_stage_2_starts_from(call, refused, stage1, tmp_path):
