@@ -65,7 +65,7 @@ COMMON = dict(
 )  # fmt: skip
 # The paper gives t_init, beta1, ratio_steps and the divergences. All else in the presets is our choice. For the large
 # systems it rests on what peers published from the same checkpoints (the table in METHOD.md), and was not run at length:
-# - rates of the generator from D2O and SiDA; the ratio network's five times that, as in D2O and on the digits;
+# - rates of the generator from D2O and SiDA; the ratio network's five times that, as in D2O for ImageNet;
 # - noise levels with as much weight on large noise as theirs. On 8x8 digits less is better, as small images need less.
 _NATURAL = dict(COMMON, noise="karras", ema_halflife_kimg=2000.0)
 _CIFAR10 = dict(
