@@ -241,7 +241,7 @@ def test_the_weights_in_assets_draw_digits_without_any_flag(call, tmp_path):
     """Right after the installation, near the data: a few times as far as its halves from each other, and all ten digits."""
     call(sample, "--n", "1797", "--batch", "600", "--out", tmp_path / "digits.npz")
     images, digits = np.load(tmp_path / "digits.npz")["arr_0"], data.load("digits")
-    x, known = (torch.from_numpy(a.reshape(len(a), -1)).float() for a in (images, digits.images))
+    x, known = (torch.tensor(a.reshape(len(a), -1)).float() for a in (images, digits.images))
     nearest = digits.labels[torch.cdist(x, known).argmin(dim=1).numpy()]
     assert np.bincount(nearest, minlength=10).min() > 0.04 * len(images)
     assert abs(images.mean() - digits.images.mean()) < 5 and abs(images.std() - digits.images.std()) < 5
