@@ -76,8 +76,8 @@ _EDM2 = dict(architecture="edm2", img_resolution=64, img_channels=4, label_dim=1
 NETWORKS = {
     "digits": Config(img_resolution=8, img_channels=1, model_channels=32, channel_mult=(1, 2), num_blocks=1,
                      attn_resolutions=()),
-    "fashion-mnist": Config(img_resolution=28, img_channels=1, model_channels=32, channel_mult=(1, 2, 2),
-                            num_blocks=2, attn_resolutions=(7,)),
+    "fashion-mnist": Config(img_resolution=28, img_channels=1, model_channels=16, channel_mult=(1, 2, 4), num_blocks=1,
+                            attn_resolutions=()),
     "pictures": Config(img_resolution=64, model_channels=64, channel_mult=(1, 2, 3, 4), num_blocks=2),
     "cifar10": Config(dropout=0.13),  # EDM, Table 7: 55.7 M parameters
     "imagenet64": Config("adm", 64, 3, 1000, 192, (1, 2, 3, 4), 3, (32, 16, 8), dropout=0.10),
