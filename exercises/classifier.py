@@ -1,0 +1,118 @@
+"""A small classifier of the labels: a second pair of eyes on the samples, which no stage of the training has seen.
+
+A distance in the features of stage 1 judges a generator with the network that it came from. This classifier knows only
+images and labels; its last hidden layer gives features for the same distances (`extractor`), its predictions the share of
+each class and, with `--cond`, how often a sample is of the class that was asked for. It is trained in seconds to a minute
+and kept in the cache folder.
+
+    python exercises/classifier.py digits
+    python exercises/classifier.py fashion-mnist
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+import fid  # noqa: E402
+import files  # noqa: E402
+import runtime  # noqa: E402
+
+VERSION = 1  # of what follows: whoever changes the network or its training changes it, and the cached weights are left
+
+
+class Classifier(nn.Module):
+    """Images x [N, C, H, W] in [-1, 1] -> class logits [N, classes]. `features(x)` is the last hidden layer, [N, 64]."""
+
+    def __init__(self, channels, resolution, classes):
+        super().__init__()
+        stride = 1 if resolution < 16 else 2
+        self.conv1 = nn.Conv2d(channels, 32, 5, stride, padding=2)
+        self.conv2 = nn.Conv2d(32, 64, 3, 2, padding=1)
+        side = -(-resolution // (2 * stride))
+        self.hidden = nn.Linear(64 * side**2, 64)
+        self.out = nn.Linear(64, classes)
+
+    def features(self, x):
+        x = F.relu(self.conv2(F.relu(self.conv1(x))))
+        return F.relu(self.hidden(x.flatten(1)))
+
+    def forward(self, x):
+        return self.out(F.dropout(self.features(x), 0.3, self.training))
+
+
+def train(dataset, images, seed=0, batch=100):
+    """A `Classifier` of `dataset`, trained on so many images with AdamW, the rate falling to zero along half a cosine."""
+    torch.manual_seed(runtime.seed_of(seed, "classifier"))
+    net = Classifier(dataset.channels, dataset.resolution, dataset.label_dim).train()
+    steps = images // batch
+    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    batches = data.Batches(dataset, batch, seed)
+    for _ in range(steps):
+        raw, labels = next(batches)
+        F.cross_entropy(net(dataset.to_model(raw, "cpu")), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return net.eval().requires_grad_(False)
+
+
+def load(dataset, images=None):
+    """The classifier of a labelled data set, from the cache folder if it was trained before. On the CPU."""
+    if not dataset.label_dim:
+        raise files.UserError(f"{dataset.name}: has no labels, and a classifier needs them")
+    images = images or max(100_000, 4 * len(dataset))
+    key = hashlib.sha256(f"{VERSION} {images} {dataset.fingerprint()}".encode()).hexdigest()[:16]
+    path = files.cache_dir() / "classifiers" / f"{key}.pt"
+    if not path.exists():
+        files.save_checkpoint({"kind": "classifier", "state": train(dataset, images).state_dict()}, path)
+    net = Classifier(dataset.channels, dataset.resolution, dataset.label_dim).eval().requires_grad_(False)
+    with files.reading(path, "a classifier", "delete it and it is trained again"):
+        net.load_state_dict(files.load_checkpoint(path)["state"])
+    return net
+
+
+@torch.no_grad()
+def predict(net, images):
+    """Classes int64 [N] of uint8 images [N, H, W, C]."""
+    x = torch.tensor(images).permute(0, 3, 1, 2)  # a copy, as a data set may be read-only
+    return torch.cat([net(part / 127.5 - 1).argmax(dim=1) for part in x.split(500)]).numpy()
+
+
+def extractor(net, name):
+    """The features of a classifier for the distances of fid.py."""
+    weights = b"".join(p.numpy().tobytes() for p in net.parameters())
+
+    def function(images):
+        return net.features(images.permute(0, 3, 1, 2) / 127.5 - 1), None
+
+    tag = f"classifier sha256:{hashlib.sha256(weights).hexdigest()[:16]}"
+    return fid.Extractor(f"the classifier of {name}", tag, net.hidden.out_features, None, torch.device("cpu"), function)
+
+
+def main():
+    parser = runtime.Parser(__doc__)
+    parser.add_argument("data", metavar="NAME|PATH", help="a data set with labels")
+    args = parser.parse_args()
+    dataset = data.load(args.data)
+    net = load(dataset)
+    print(f"{args.data}: {100 * (predict(net, dataset.images) == dataset.labels).mean():.1f} % of what it was trained on")
+    if args.data == "digits":  # there is no test set: another one, trained on the first 1500
+        first = data.Dataset("the first 1500 digits", dataset.images[:1500], dataset.labels[:1500])
+        right = predict(load(first), dataset.images[1500:]) == dataset.labels[1500:]
+    elif args.data == "fashion-mnist":
+        test = data.load("fashion-mnist:test")
+        right = predict(net, test.images) == test.labels
+    else:
+        return
+    print(f"{args.data}: {100 * right.mean():.1f} % of {len(right)} images that it has not seen")
+
+
+if __name__ == "__main__":
+    runtime.run(main)
