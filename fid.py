@@ -1,10 +1,14 @@
-"""FID and Inception Score, comparable with the published numbers; or a Frechet distance without any download.
+"""FID, Inception Score, KID, precision and recall of images; or all but the Inception Score without any download.
 
 Reads two sets: samples and reference. Each is a data set name (digits, fashion-mnist, cifar10), a folder or zip of
 images, a `.npz` of images, or a `.npz` of statistics (`mu`, `sigma`, as NVIDIA publishes them for EDM). The features
 are Inception's, whose weights (95 MB) are downloaded once; or with --features those of a stage-1 network, which
 need no download but compare with nothing published. Prints the results; writes statistics with --save-stats. The
 statistics of a reference are kept in the cache folder, so they are computed once.
+
+FID and IS take all images. KID, precision and recall take the features of at most 10,000 on each side, a random choice
+that is always the same; statistics that were computed here hold these features too, others (NVIDIA's) give no such numbers.
+FID, IS and KID stand beside published ones; precision and recall only where those were taken in Inception's features.
 
     python fid.py samples.npz cifar10
     python fid.py samples.npz cifar10-32x32.npz --json
@@ -38,6 +42,7 @@ INCEPTION_HASH = "6726825d"  # beginning of the file's SHA-256
 INCEPTION_TAG = "inception-2015-12-05"
 NETWORK_SIGMA = 0.2  # noise level at which a stage-1 network looks at the clean images
 PUBLISHED_COUNT = 50_000  # images on each side in the published tables
+PAIRS_LIMIT = 10_000  # images on each side whose features are kept, for the measures that compare all pairs
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -300,6 +305,7 @@ class Statistics:
     """Mean mu [d] and covariance sigma [d, d] (divided by n - 1) of features, float64, and where they came from.
 
     features: the extractor's tag; "inception" if a file does not say (NVIDIA's do not). n: number of images or None.
+    rows: the features of at most PAIRS_LIMIT of the images, float32 [m, d], or None.
     """
 
     mu: np.ndarray
@@ -308,9 +314,10 @@ class Statistics:
     n: int = None
     name: str = ""
     hash: str = ""
+    rows: np.ndarray = None
 
     def __post_init__(self):
-        mu, sigma = self.mu, self.sigma
+        mu, sigma, rows = self.mu, self.sigma, self.rows
         with files.reading(self.name or "statistics", "mean and covariance of features", "compute them again"):
             if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not len(mu):
                 raise ValueError(f"mu {list(mu.shape)} and sigma {list(sigma.shape)}, expected [d] and [d, d]")
@@ -320,6 +327,8 @@ class Statistics:
                 raise ValueError("mu or sigma holds NaN or infinity")
             if np.abs(sigma - sigma.T).max() > 1e-5 * np.abs(sigma).max() or sigma.diagonal().min() < 0:
                 raise ValueError("sigma is not a covariance: not symmetric, or a negative variance")
+            if rows is not None and (rows.shape[1:] != mu.shape or rows.dtype != np.float32 or not np.isfinite(rows).all()):
+                raise ValueError(f"rows are {rows.dtype} {list(rows.shape)}, expected finite float32 [m, {len(mu)}]")
         self.mu, self.sigma = mu.astype(np.float64), sigma.astype(np.float64)
 
     def save(self, path):
@@ -335,6 +344,7 @@ class Statistics:
             mu, sigma = file["mu"], file["sigma"]
             kinds = dict(features=str, n=int, name=str, hash=str)
             about = {key: kind(file[key].item()) for key, kind in kinds.items() if key in file.files}
+            about["rows"] = file["rows"] if "rows" in file.files else None
             if "features" not in about and mu.shape[:1] != (2048,):
                 raise UserError(f"does not say which features it holds, and mu is {list(mu.shape)}, while "
                                 "Inception's is [2048]")
@@ -409,10 +419,34 @@ class InceptionScore:
         return scores.mean().item(), scores.std(unbiased=False).item()
 
 
-def measure(extractor, batches, rt, name="", content="", score=None):
+class Rows:
+    """The features of PAIRS_LIMIT of n images, or of all if they are fewer: a random choice that depends on n alone.
+
+    Not the first ones: many sets are sorted by class. start: position among the n images of the first that this rank adds.
+    """
+
+    def __init__(self, n, start, dim, device="cpu"):
+        order = torch.randperm(n, generator=runtime.rng("cpu", "pairs"))
+        self.position, self.chosen = start, order[:PAIRS_LIMIT].sort().values
+        self.rows = torch.zeros(len(self.chosen), dim, device=device)
+
+    def add(self, features):
+        """features [N, dim] of the next N images."""
+        ends = torch.tensor([self.position, self.position + len(features)])
+        low, high = torch.searchsorted(self.chosen, ends).tolist()
+        self.rows[low:high] = features[self.chosen[low:high] - self.position]
+        self.position += len(features)
+
+    def result(self, rt):
+        """float32 [m, dim] over all ranks, in numpy. Each rank has left the others' rows at zero."""
+        return rt.sum(self.rows).cpu().numpy()
+
+
+def measure(extractor, batches, rt, name="", content="", score=None, rows=None):
     """`Statistics` of the features of `batches`, an iterable of uint8 [n, H, W, C], each rank with its own.
 
     name and content (a hash) say where the images came from. score: an `InceptionScore` that gets the logits.
+    rows: `Rows` that get the features.
     """
     moments = Moments(extractor.dim, extractor.device)
     for batch in batches:
@@ -420,11 +454,13 @@ def measure(extractor, batches, rt, name="", content="", score=None):
         moments.add(features)
         if score is not None:
             score.add(logits)
+        if rows is not None:
+            rows.add(features)
     n, mu, sigma = moments.result(rt)
     if not np.isfinite(sigma).all():
         raise UserError(f"{name or 'samples'}: NaN or infinity in the features; are the weights of {extractor.name} "
                         "damaged?")
-    return Statistics(mu, sigma, extractor.tag, n, name, content)
+    return Statistics(mu, sigma, extractor.tag, n, name, content, rows and rows.result(rt))
 
 
 def measure_dataset(extractor, dataset, rt, batch=64, indices=None):
@@ -451,15 +487,16 @@ def measure_dataset(extractor, dataset, rt, batch=64, indices=None):
                 print(f"\r{dataset.name}: {text}  ", end="\n" * (end == stop), file=sys.stderr, flush=True)
 
     score = InceptionScore(n, start, device=extractor.device) if extractor.tag.startswith("inception") else None
-    statistics = measure(extractor, batches(), rt, dataset.name, content, score)
+    rows = Rows(n, start, extractor.dim, extractor.device)
+    statistics = measure(extractor, batches(), rt, dataset.name, content, score, rows)
     return statistics, score and score.result(rt)
 
 
 def reference_statistics(extractor, dataset, rt, batch=64):
     """`Statistics` of a whole data set, from the cache folder if they were computed before."""
     check_images(extractor, dataset)
-    # The 1 is the version of this file's features: whoever changes them changes it.
-    key = hashlib.sha256(f"1 {dataset.fingerprint()} {extractor.tag}".encode()).hexdigest()[:32]
+    # The 2 is the version of this file's features and of what is kept of them: whoever changes that changes it.
+    key = hashlib.sha256(f"2 {dataset.fingerprint()} {extractor.tag}".encode()).hexdigest()[:32]
     path = files.cache_dir() / "stats" / f"{key}.npz"
 
     def cached():
@@ -498,7 +535,7 @@ def split_half(n, seed=0):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The distance.
+# The distances.
 
 
 def frechet_distance(a, b):
@@ -537,6 +574,64 @@ def _root(statistics):
     return (vectors[:, kept] * values[kept].sqrt()).flip(1)
 
 
+def kernel_distance(reference, samples, subsets=100, size=1000, seed=0):
+    """KID, arXiv 1801.01401: (mean, standard deviation) over random subsets of `size` of the features [n, d] and [m, d].
+
+    The squared maximum mean discrepancy with the kernel (x.y / d + 1)^3. The estimate has no bias, however few images there
+    are: below zero for about half of all sets that are equal in truth. A set smaller than `size` is taken whole; the
+    standard deviation is that of one subset, and 0 where both sets are taken whole.
+    """
+    size = min(size, len(reference), len(samples))
+    if size < 2:
+        raise UserError("KID needs at least 2 images on each side")
+    generator, estimates = runtime.rng("cpu", seed, "subsets"), []
+
+    def kernel(x, y):
+        return (x @ y.T).div_(x.shape[1]).add_(1).pow_(3)
+
+    def within(x):  # mean over the pairs of two different points
+        values = kernel(x, x)
+        return (values.sum() - values.trace()) / (size * (size - 1))
+
+    for _ in range(subsets):
+        x, y = (rows[torch.randperm(len(rows), generator=generator)[:size]].double() for rows in (reference, samples))
+        estimates.append(within(x) + within(y) - 2 * kernel(x, y).mean())
+    estimates = torch.stack(estimates)
+    return estimates.mean().item(), estimates.std(unbiased=False).item()
+
+
+def precision_recall(reference, samples, k=3):
+    """(precision, recall) of features [n, d] and [m, d], arXiv 1904.06991. Memory: the features twice in float64, and 100 MB.
+
+    Around each point lies a ball that reaches to the k-th nearest other point of its set. Precision: the share of
+    samples in a ball of the reference. Recall: the share of the reference in a ball of the samples.
+    """
+    if min(len(reference), len(samples)) <= k:
+        raise UserError(f"precision and recall with k = {k} need at least {k + 1} images on each side")
+    mean = reference.double().mean(dim=0)
+    sets = [rows.double() - mean for rows in (reference, samples)]  # near the origin, where rounding errors are smallest
+
+    def squares(x, y, shrink=1.0):
+        """(first row, squared distances [rows, len(y)]) for chunks of the rows of x, of 50 MB each."""
+        x2, y2 = (shrink * (a * a).sum(dim=1) for a in (x, y))
+        chunk = max(1, 50_000_000 // (8 * len(y)))
+        for i in range(0, len(x), chunk):
+            yield i, torch.addmm(y2, x[i:i + chunk], y.T, alpha=-2).add_(x2[i:i + chunk, None])
+
+    def radii(x):
+        nearest = [d.topk(k + 1, largest=False).values[:, -1] for _, d in squares(x, x)]  # + 1: the point itself is at 0
+        return torch.cat(nearest)
+
+    real, ours = map(radii, sets)
+    # Rounding errors are below 1e-12 of the squared norms. With that taken off, a point is for certain in the ball of an equal
+    # point, also if the ball has no size: of more than k equal points it has none.
+    inside, covered = 0, torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
+    for i, d in squares(sets[1], sets[0], shrink=1 - 1e-12):
+        inside += (d <= real).any(dim=1).sum().item()
+        covered |= (d <= ours[i:i + len(d), None]).any(dim=0)
+    return inside / len(samples), covered.double().mean().item()
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The command.
 
@@ -555,7 +650,7 @@ def arguments():
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto, CUDA where there is any")
     add("--json", action="store_true", help="print one line of JSON instead of text")
     add("--resolution", type=positive(int), metavar="N", help="cut the middle out of images of other sizes and resize it")
-    add("--save-stats", metavar="PATH", help="write the statistics of REFERENCE to this .npz")
+    add("--save-stats", metavar="PATH", help="write the statistics of REFERENCE, and the features kept, to this .npz")
     args = parser.parse_args()
     if args.features and args.inception:
         parser.error("--features and --inception exclude each other")
@@ -614,13 +709,20 @@ def main():
 
     distance, kind = frechet_distance(a, b), a.features if a.features != "inception" else b.features
     is_mean, is_std = score or (None, None)  # none from statistics or with --features
+    kid_mean = kid_std = precision = recall = None  # none from the statistics of others, or of three images
+    if a.rows is not None and b.rows is not None and min(len(a.rows), len(b.rows)) > 3:
+        both = [torch.from_numpy(side.rows).to(rt.device) for side in (b, a)]
+        (kid_mean, kid_std), (precision, recall) = kernel_distance(*both), precision_recall(*both)
     if args.json:
-        result = dict(fid=distance, is_mean=is_mean, is_std=is_std, n_samples=a.n, n_reference=b.n, features=kind)
+        result = dict(fid=distance, is_mean=is_mean, is_std=is_std, kid_mean=kid_mean, kid_std=kid_std, precision=precision,
+                      recall=recall, n_samples=a.n, n_reference=b.n, features=kind)
         print(json.dumps(result))
     else:
         print(f"FID        {distance:.5g}")
         if score:
             print(f"IS         {is_mean:.4g} ± {is_std:.2g}")
+        if kid_mean is not None:
+            print(f"KID        {kid_mean:.3g} ± {kid_std:.2g}\nprecision  {precision:.4g}\nrecall     {recall:.4g}")
         for side, statistics in (("samples", a), ("reference", b)):
             count = "unknown number of" if statistics.n is None else f"{statistics.n:,}"
             print(f"{side:9}  {count} images, {statistics.name}")

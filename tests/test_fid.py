@@ -3,6 +3,7 @@
 The real weights are not needed: random ones of a fixed recipe stand in for them.
 """
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+from scipy.spatial.distance import cdist
 
 import checkpoints
 import data
@@ -24,6 +26,7 @@ import runtime
 from files import UserError
 
 ONE_RANK = runtime.Runtime(torch.device("cpu"))
+PAIRS = ("kid_mean", "kid_std", "precision", "recall")
 
 
 def random_weights(seed=0):
@@ -156,6 +159,103 @@ def test_moments_are_those_of_numpy():
     np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-13)  # 257 roundings: 6e-14
     # The mean of a batch is off by 137 eps 1e6 = 3e-8 at most, and counts times its distance from another mean, 0.2.
     np.testing.assert_allclose(covariance, np.cov(rows, rowvar=False), rtol=0, atol=1e-8)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# KID.
+
+
+def line(*values):
+    return torch.tensor(values, dtype=torch.float32)[:, None]
+
+
+def test_kernel_distance_by_definition():
+    """Pair by pair, without the pairs of a point with itself."""
+    x, y = np.random.default_rng(0).normal(size=(2, 6, 4))
+    pairs = [(i, j) for i in range(6) for j in range(6)]
+
+    def k(a, b):
+        return (sum(a[c] * b[c] for c in range(4)) / 4 + 1) ** 3
+
+    within = sum(k(x[i], x[j]) + k(y[i], y[j]) for i, j in pairs if i != j) / 30
+    expected = within - 2 * sum(k(x[i], y[j]) for i, j in pairs) / 36
+    mean, std = fid.kernel_distance(torch.from_numpy(x), torch.from_numpy(y))
+    assert mean == pytest.approx(expected, abs=1e-13) and std < 1e-13  # all subsets are the whole set
+
+
+@pytest.mark.parametrize("mean, scale", [(0.0, 1.0), (0.5, 0.8)])
+def test_kernel_distance_has_no_bias(mean, scale):
+    """Of x ~ N(0, 1) and y ~ N(m, s^2) it is the sum of binom(3, j) (E[x^j] - E[y^j])^2: zero where they are equal.
+
+    Sets of 50 points: with the pairs of a point with itself it would be too large by 24/50 from x alone.
+    """
+    moments = (0 - mean, 1 - (mean**2 + scale**2), 0 - (mean**3 + 3 * mean * scale**2))
+    expected = 3 * moments[0] ** 2 + 3 * moments[1] ** 2 + moments[2] ** 2
+    x, y = torch.randn(2, 2000, 50, 1, generator=torch.Generator().manual_seed(0))
+    found = np.array([fid.kernel_distance(a, mean + scale * b, subsets=1)[0] for a, b in zip(x, y)])
+    error = found.std() / 2000**0.5
+    assert abs(found.mean() - expected) < 4 * error and 4 * error < 24 / 50
+    assert found.min() < 0  # the sign is kept
+
+
+def test_kernel_distance_over_subsets():
+    """Subsets are random, follow the seed, and their mean is the value of the whole sets up to their spread."""
+    x, y = torch.randn(2, 100, 8, generator=torch.Generator().manual_seed(0))
+    whole, _ = fid.kernel_distance(x, 1.3 * y)
+    mean, std = fid.kernel_distance(x, 1.3 * y, subsets=900, size=20)
+    assert std > 0.01 and abs(mean - whole) < 4 * std / 900**0.5
+    first, again, other = (fid.kernel_distance(x, y, size=20, seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+    with pytest.raises(UserError, match="at least 2 images"):
+        fid.kernel_distance(x[:1], y)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Precision and recall.
+
+
+@pytest.mark.parametrize("k, expected", [(1, (2 / 4, 1 / 4)), (2, (2 / 4, 4 / 4))])
+def test_precision_and_recall_on_a_line(k, expected):
+    """k = 1: the balls of the reference reach 1, 1, 1, 8 far, those of the samples 1.5, 1.5, 3, 3. The edge counts: 3 is in.
+
+    k = 2: 2, 1, 2, 9 and 27, 25.5, 25.5, 28.5.
+    """
+    reference, samples = line(0, 1, 2, 10), line(3, 4.5, 30, 33)
+    assert fid.precision_recall(reference, samples, k) == expected
+    assert fid.precision_recall(samples, reference, k) == expected[::-1]
+    assert fid.precision_recall(reference + 2**20, samples + 2**20, k) == expected  # where the squares are 1e12
+
+
+def test_precision_and_recall_by_definition():
+    """The same counts as from all distances at once. 3000 points take two chunks."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(3000, 3)), 0.8 * rng.normal(size=(2500, 3)) + 0.3
+    radius_a, radius_b = (np.sort(cdist(x, x), axis=1)[:, 3] for x in (a, b))
+    between = cdist(b, a)
+    expected = (between <= radius_a).any(1).mean(), (between <= radius_b[:, None]).any(0).mean()
+    assert fid.precision_recall(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(expected, abs=1e-12)
+    assert all(0.5 < share < 0.99 for share in expected)
+
+
+def test_precision_and_recall_tell_fidelity_from_variety():
+    """Five modes far apart: a generator that knows one has precision 1 and recall 1/5, one that adds a sixth misses 1/6."""
+    modes = torch.randn(6, 100, 8, generator=torch.Generator().manual_seed(0)) + 100 * torch.arange(6)[:, None, None]
+    reference, everything = modes[:5].flatten(0, 1), modes.flatten(0, 1)
+    assert fid.precision_recall(reference, modes[2]) == (1, pytest.approx(1 / 5))
+    assert fid.precision_recall(reference, everything) == (pytest.approx(5 / 6), 1)
+    assert fid.precision_recall(reference, modes[5]) == (0, 0)
+
+
+def test_equal_points_are_in_each_others_balls():
+    """Also in balls of no size, in any order: rounding errors of a product, which vary with its size, are no distances."""
+    rows = torch.randn(1003, 2048, generator=torch.Generator().manual_seed(0)) + 30
+    rows[:500] = rows[:50].repeat(10, 1)  # balls of no size
+    assert fid.precision_recall(rows, rows.flip(0)) == (1, 1)
+    assert fid.precision_recall(rows, rows[:4])[0] == 1
+    same = torch.full((5, 3), 0.1)
+    assert fid.precision_recall(same, same) == (1, 1) and fid.precision_recall(same, same + 1e-3) == (0, 0)
+    with pytest.raises(UserError, match="at least 4 images"):
+        fid.precision_recall(same[:3], same)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -320,17 +420,19 @@ def test_damaged_weights(weights, tmp_path):
 
 
 def test_statistics_files_keep_everything(tmp_path):
-    written = statistics(np.random.default_rng(0).normal(size=(9, 4)), name="mine", hash="abc", features="network x")
+    rows = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    written = dataclasses.replace(statistics(rows, name="mine", hash="abc", features="network x"), rows=rows)
     written.save(tmp_path / "stats.npz")
     read = fid.Statistics.load(tmp_path / "stats.npz")
     assert (read.n, read.name, read.hash, read.features) == (9, "mine", "abc", "network x")
     assert np.array_equal(read.mu, written.mu) and np.array_equal(read.sigma, written.sigma)
+    assert np.array_equal(read.rows, rows) and read.rows.dtype == np.float32
 
 
 def test_published_statistics_go_with_inception_only(tmp_path):
     """NVIDIA's files hold mu [2048] and sigma, and nothing else."""
     read = fid.Statistics.load(npz(tmp_path / "cifar10-32x32.npz", mu=np.zeros(2048), sigma=np.eye(2048)))
-    assert read.n is None
+    assert read.n is None and read.rows is None
     read.check(fid.INCEPTION_TAG, 2048, "Inception")
     with pytest.raises(UserError, match="one network"):
         read.check("network sha256:0123", 2048, "network.pt")
@@ -363,6 +465,13 @@ def test_damaged_statistics(mu, sigma, message, tmp_path):
         fid.Statistics.load(npz(tmp_path / "stats.npz", mu=mu, sigma=sigma, features="test"))
 
 
+@pytest.mark.parametrize("rows", [np.zeros((9, 7), np.float32), np.zeros(8, np.float32), np.float32(1), np.zeros((9, 8)),
+                                  np.full((9, 8), np.nan, np.float32)])  # fmt: skip
+def test_damaged_rows(rows, tmp_path):
+    with pytest.raises(UserError, match=r"stats.npz: .*expected finite float32 \[m, 8\]"):
+        fid.Statistics.load(npz(tmp_path / "stats.npz", mu=np.zeros(8), sigma=np.eye(8), features="test", rows=rows))
+
+
 def test_sigma_that_is_no_covariance():
     with pytest.raises(UserError, match="negative eigenvalues"):
         bad = fid.Statistics(np.zeros(2), np.array([[1.0, 2.0], [2.0, 1.0]]), "test")
@@ -375,7 +484,20 @@ def test_reference_statistics_are_computed_once(network):
     extractor.function = None  # a second computation would fail
     again = fid.reference_statistics(extractor, dataset, ONE_RANK)
     assert np.array_equal(first.mu, again.mu) and np.array_equal(first.sigma, again.sigma)
-    assert again.n == 60 and again.hash == dataset.fingerprint()
+    assert again.n == 60 and again.hash == dataset.fingerprint() and np.array_equal(first.rows, again.rows)
+
+
+def test_rows_are_the_features_of_a_random_choice(network, monkeypatch):
+    """Of fewer images than the limit all in order, else as many as the limit, always the same, and not the first ones."""
+    extractor, dataset = fid.network_features(ONE_RANK, network), data.Dataset("mine", pictures(60, 8, 1))
+    features = extractor(dataset.images)[0].numpy()
+    every, _ = fid.measure_dataset(extractor, dataset, ONE_RANK, batch=60)
+    assert np.array_equal(every.rows, features)
+    monkeypatch.setattr(fid, "PAIRS_LIMIT", 20)
+    some, other = (fid.measure_dataset(extractor, dataset, ONE_RANK, batch)[0].rows for batch in (60, 7))
+    places = cdist(some, features).argmin(axis=1)
+    assert np.array_equal(some, features[places]) and len(set(places)) == 20 and places.max() > 40
+    np.testing.assert_allclose(some, other, rtol=0, atol=1e-4 * np.abs(some).max())  # other batches, see below
 
 
 def test_network_features_do_not_depend_on_the_batch(network):
@@ -396,13 +518,14 @@ def test_halves_are_disjoint_and_random():
 def test_two_ranks_measure_what_one_does(tmp_path):
     """Each rank takes a contiguous part; moments and scores are merged. 101 images do not divide evenly.
 
+    So are the features that are kept: of 70 here, chosen among all.
     In float64, since the two divide the images into other batches, and the sums of a matrix product follow its size.
     """
     (tmp_path / "ranks.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(Path(fid.__file__).parent)!r})
 import numpy as np, torch, data, fid, runtime
-rt = runtime.start("cpu")
+rt, fid.PAIRS_LIMIT = runtime.start("cpu"), 70
 dataset = data.Dataset("random", np.random.default_rng(0).integers(0, 256, (101, 4, 4, 3), np.uint8))
 weight = torch.linspace(0, 1000, 48 * 1008).sin().view(48, 1008) / 200
 def function(images):
@@ -425,6 +548,7 @@ runtime.run(lambda: None)
     np.testing.assert_allclose(two.mu, one.mu, rtol=1e-12)
     np.testing.assert_allclose(two.sigma, one.sigma, atol=1e-12 * np.abs(one.sigma).max())
     np.testing.assert_allclose(two_score, one_score, rtol=0, atol=1e-11)  # 1008 classes, as in the tests of the score
+    assert np.array_equal(two.rows, one.rows) and one.rows.shape == (70, 48) and one.rows.any(axis=1).all()
     assert one_score[0] > 1.01  # the logits differ, so there is something to merge
 
 
@@ -454,7 +578,8 @@ def test_command_with_inception(command, weights, tmp_path):
     stats = tmp_path / "stats.npz"
     code, out, err = command(samples, reference, "--inception", weights, "--json", "--save-stats", stats)
     result = json.loads(out)
-    assert code == 0 and list(result) == ["fid", "is_mean", "is_std", "n_samples", "n_reference", "features"]
+    assert code == 0 and list(result) == ["fid", "is_mean", "is_std", *PAIRS, "n_samples", "n_reference", "features"]
+    assert all(result[key] is None for key in PAIRS)  # which take four images or more
     assert result["fid"] > 0 and result["is_mean"] == pytest.approx(1)  # three images make three splits of one
     assert (result["n_samples"], result["n_reference"]) == (3, 2)
     assert "3 samples images; published numbers use 50,000" in err
@@ -472,6 +597,33 @@ def test_command_with_statistics_on_both_sides(command, tmp_path):
     result = json.loads(out)
     assert code == 0 and result["fid"] == pytest.approx(9 + 2, abs=1e-6)
     assert result["n_samples"] is result["is_mean"] is None and result["features"] == "test"
+    assert all(result[key] is None for key in PAIRS)
+
+
+def test_command_with_pairs(command, network, tmp_path):
+    """KID, precision and recall, from images, from the cache and from saved statistics; none from others' statistics."""
+    a, b = npz(tmp_path / "a.npz", arr_0=pictures(40, 8, 1)), npz(tmp_path / "b.npz", arr_0=pictures(60, 8, 1, seed=2) // 2)
+    stats, bare = tmp_path / "stats.npz", tmp_path / "bare.npz"
+    results = []
+    for reference in (b, b, stats):
+        code, out, err = command(a, reference, "--features", network, "--json", "--save-stats", stats)
+        results.append([json.loads(out)[key] for key in PAIRS])
+        assert code == 0 and err == ""
+    extractor = fid.network_features(ONE_RANK, network)
+    both = (fid.measure_dataset(extractor, data.load(path), ONE_RANK)[0].rows for path in (b, a))
+    reference, samples = map(torch.from_numpy, both)
+    expected = [*fid.kernel_distance(reference, samples), *fid.precision_recall(reference, samples)]
+    assert results[0] == results[1] == results[2] == pytest.approx(expected, rel=1e-4)
+    _, out, _ = command(a, b, "--features", network)
+    assert re.search(r"KID +\S+ ± \S+\nprecision +\S+\nrecall +\S+\n", out)
+    _, out, _ = command(a, a, "--features", network, "--json")
+    assert (json.loads(out)["precision"], json.loads(out)["recall"]) == (1, 1)
+
+    dataclasses.replace(fid.Statistics.load(stats), rows=None).save(bare)
+    for pair in ((a, bare), (bare, a), (bare, bare)):
+        assert not re.search("KID|precision|recall|None", command(*pair, "--features", network)[1])
+        result = json.loads(command(*pair, "--features", network, "--json")[1])
+        assert all(result[key] is None for key in PAIRS) and result["fid"] >= 0
 
 
 def test_command_with_network_features(command, network, tmp_path):
