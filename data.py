@@ -548,6 +548,19 @@ def save_grid(images, path, columns, scale=1, padding=2):
         _to_pillow(grid).save(part, format="PNG")  # the temporary name does not end in .png
 
 
+def save_panels(sets, path, side=8, scale=1):
+    """Write one PNG that shows the first side x side images of each of `sets` (uint8 [N, H, W, C]) next to one another.
+
+    If a set has fewer, all panels are smaller.
+    """
+    sets = list(sets)
+    side = min(side, *(math.isqrt(len(images)) for images in sets))
+    panels = [images[: side**2].reshape(side, side, *images.shape[1:]) for images in sets]
+    gap = np.full_like(panels[0][:, :1], 255)
+    rows = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
+    save_grid(rows.reshape(-1, *rows.shape[2:]), path, columns=rows.shape[1], scale=scale, padding=1)
+
+
 def write_images(batches, out, count):
     """Write `count` images, streamed: memory use does not grow with their number. `load(out)` reads them again.
 

@@ -49,8 +49,8 @@ PRESETS = {
         ema_halflife_kimg=20.0, log_kimg=10.0, grid_kimg=50.0, save_kimg=50.0,
     ),
     "fashion-mnist": dict(
-        COMMON, data="fashion-mnist", network="fashion-mnist", kimg=600.0, batch=128, lr=1e-3, lr_rampup_kimg=10.0,
-        ema_halflife_kimg=20.0, log_kimg=4.0, grid_kimg=40.0, save_kimg=20.0,
+        COMMON, data="fashion-mnist", network="fashion-mnist", kimg=256.0, batch=64, lr=1e-3, lr_rampup_kimg=10.0,
+        ema_halflife_kimg=20.0, log_kimg=4.0, grid_kimg=64.0, save_kimg=16.0,
     ),
     # Ours, for a folder of pictures of any size (--data) and one GPU; not run at length.
     "pictures": dict(

@@ -60,12 +60,8 @@ def main():
         parts = sample.in_batches(net, range(count), args.seed, rt.device, 256)
         samples[name] = np.concatenate([data.to_uint8(x) for x, _ in parts])
 
-    # Four panels of 8 x 8 images, with a column of white between them.
-    panels = [images[:64].reshape(8, 8, 8, 8, 1) for images in (dataset.images, *samples.values())]
-    gap = np.full((8, 1, 8, 8, 1), 255, np.uint8)
-    rows = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
     path = Path(args.outdir) / "demo.png"
-    data.save_grid(rows.reshape(-1, 8, 8, 1), path, columns=rows.shape[1], scale=3, padding=1)
+    data.save_panels((dataset.images, *samples.values()), path, scale=3)
 
     def statistics(images):
         return fid.measure(extractor, np.array_split(images, 8), rt)

@@ -1,0 +1,85 @@
+"""Draw an exercise of run.py: distance over training with the band over seeds, and samples of each row side by side.
+
+    python exercises/figures.py order             assets/exercises/order.png
+
+The curves come from exercises/results/runs.jsonl, the samples from the runs of seed 0 in runs/exercises: those that are not there
+are left out. Needs matplotlib: `pip install -r requirements-exercises.txt`, or `make exercises`.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import checkpoints  # noqa: E402
+import data  # noqa: E402
+import run  # noqa: E402
+import runtime  # noqa: E402
+import sample  # noqa: E402
+from files import UserError, atomic  # noqa: E402
+
+COLUMNS = 12  # samples of a row in the picture
+
+
+def samples(folder):
+    """One row of samples of a run, uint8 [H, COLUMNS * (W + 1)], or None if it is not there."""
+    if not (folder / "network.pt").exists():
+        return None
+    net = checkpoints.load_network(folder / "network.pt", role="generator")
+    images = data.to_uint8(next(sample.in_batches(net, range(COLUMNS), 0, "cpu", COLUMNS))[0])[..., 0]
+    return np.pad(images, ((0, 0), (0, 0), (0, 1)), constant_values=255).transpose(1, 0, 2).reshape(images.shape[1], -1)
+
+
+def draw(exercise, found, path):
+    """Write the picture of an exercise, from the lines `found` {(run, seed): line}."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("pictures need matplotlib: pip install -r requirements-exercises.txt") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = {name: run.run_name(*run.row_of(exercise, name)) for name in run.EXERCISES[exercise]}
+    curves = {name: [line["curve"] for (key, _), line in found.items() if key == rows[name]] for name in rows}
+    if not any(curves.values()):
+        raise UserError(f"nothing of {exercise} is measured yet; run `python exercises/run.py {exercise}` first")
+    grids = {name: samples(run.WORK / "runs" / "exercises" / f"{key}-0") for name, key in rows.items()}
+    shown = {name: grid for name, grid in grids.items() if grid is not None}
+    figure = plt.figure(figsize=(11, 4.2), dpi=110, layout="constrained")
+    left, right = figure.subfigures(1, 2)
+    axes = left.subplots()
+    for i, (name, seeds) in enumerate(curves.items()):
+        if seeds:
+            kimg = np.array(seeds[0])[:, 0] / 1000
+            values = np.array(seeds)[:, :, 1]
+            axes.plot(kimg, np.exp(np.log(values).mean(axis=0)), label=name, color=f"C{i}")  # the mean of a log axis
+            axes.fill_between(kimg, values.min(axis=0), values.max(axis=0), color=f"C{i}", alpha=0.15, linewidth=0)
+    axes.set(xlabel="thousand images", ylabel="Fréchet distance, stage-1 features", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    panels = np.atleast_1d(right.subplots(max(len(shown), 1), 1))
+    for axis, (name, grid) in zip(panels, shown.items()):
+        axis.imshow(grid, cmap="gray", vmin=0, vmax=255)
+        axis.set_title(name, fontsize=7, loc="left", pad=2)
+    for axis in panels:
+        axis.axis("off")
+    with atomic(path) as part:
+        figure.savefig(part, format="png")
+    plt.close(figure)
+
+
+def main():
+    parser = runtime.Parser(__doc__)
+    parser.add_argument("exercise", choices=list(run.EXERCISES), help="which one")
+    parser.add_argument("--results", default=str(HERE / "results" / "runs.jsonl"), metavar="PATH", help="the lines of run.py")
+    parser.add_argument("--out", metavar="PATH", help="the picture (default: assets/exercises/NAME.png)")
+    args = parser.parse_args()
+    out = Path(args.out or HERE.parent / "assets" / "exercises" / f"{args.exercise}.png")
+    draw(args.exercise, run.results(args.results), out)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    runtime.run(main)

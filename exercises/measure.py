@@ -1,0 +1,168 @@
+"""All measures of a set of samples, against images that were held out where there are such.
+
+For each file of samples (`sample.py --out samples.npz`): Fréchet distance (FD), KID, precision and recall, each in the
+features of a stage-1 network and in those of a classifier of the labels; the distance to the nearest training image, which
+tells memory; the share of each class; with labels in the file, how often a sample is of its class.
+
+The reference is the test set of Fashion-MNIST or CIFAR-10. The digits have none: there it is the data itself. The first
+row says what to compare with: the data against the reference, which no generator can beat but by memory.
+
+    python exercises/measure.py digits --pretrained runs/digits/pretrain/network.pt "one step=digits.npz"
+    python exercises/measure.py fashion-mnist --pretrained runs/fashion-mnist/pretrain/network.pt \\
+        "Heun=heun.npz" "one step=seed-0.npz" "one step=seed-1.npz" --json results.jsonl --picture grid.png
+
+Rows of one name are seeds of one setting: the table shows their mean and standard deviation.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import classifier  # noqa: E402
+import data  # noqa: E402
+import fid  # noqa: E402
+import runtime  # noqa: E402
+
+LIMIT = 10_000  # images a side: precision and recall take all pairs
+NEAREST = 2000  # images whose nearest neighbour among all training images is looked for
+
+
+class Measures:
+    """The measures of samples of one data set. `measures(images)` is a dict of numbers.
+
+    pretrained: path of the stage-1 network whose features are the second view, or None to leave them out.
+    """
+
+    def __init__(self, name, pretrained=None):
+        self.rt = runtime.Runtime(torch.device("cpu"))
+        self.train = data.load(name)
+        has_test = name in ("fashion-mnist", "cifar10")
+        self.reference = data.load(f"{name}:test") if has_test else self.train
+        self.classifier = classifier.load(self.train)
+        self.views = {"classifier": classifier.extractor(self.classifier, name)}
+        if pretrained:
+            self.views["stage1"] = fid.network_features(self.rt, str(pretrained))
+        self.known = torch.from_numpy(self.train.images.reshape(len(self.train), -1).astype(np.float32))
+        self.held = {view: self.features(view, self.reference.images[:LIMIT]) for view in self.views}
+        # Training images to stand beside the samples: as many as there are references; of the digits a half for each side.
+        self.floor = self.train.images[: len(self.reference)] if has_test else None
+
+    def features(self, view, images):
+        """Features [n, d] of images uint8 [n, H, W, C], in the eyes of `view`: "classifier" or "stage1"."""
+        parts = torch.tensor(images).split(500)  # a copy, as a data set may be read-only
+        return torch.cat([self.views[view](part)[0] for part in parts])
+
+    def distance(self, view, ours, held=None):
+        """Fréchet distance of features [n, d] from `held` [m, d], by default those of the reference."""
+        sides = []
+        for features in (ours, self.held[view] if held is None else held):
+            moments = fid.Moments(features.shape[1])
+            moments.add(features)
+            n, mu, sigma = moments.result(self.rt)
+            sides.append(fid.Statistics(mu, sigma, self.views[view].tag, n))
+        return fid.frechet_distance(*sides)
+
+    def nearest(self, images, skip_self=False):
+        """Root mean square difference in grey levels to the nearest training image, [n], of at most `NEAREST` images."""
+        x = torch.from_numpy(images[:NEAREST].reshape(min(len(images), NEAREST), -1).astype(np.float32))
+        k = 2 if skip_self else 1
+        found = [torch.cdist(part, self.known).topk(k, largest=False).values[:, -1] for part in x.split(250)]
+        return torch.cat(found) / x.shape[1] ** 0.5
+
+    def __call__(self, images, labels=None, held=None):
+        """images uint8 [N, H, W, C], classes asked for int [N] or None -> {measure: number}.
+
+        held: {view: features} to compare with instead of those of the reference.
+        """
+        images, result = images[:LIMIT], {"images": len(images[:LIMIT])}
+        for view in self.views:
+            ours, theirs = self.features(view, images), (held or self.held)[view]
+            result[f"fd_{view}"] = self.distance(view, ours, theirs)
+            result[f"kid_{view}"], result[f"kid_std_{view}"] = fid.kernel_distance(theirs, ours)
+            result[f"precision_{view}"], result[f"recall_{view}"] = fid.precision_recall(theirs, ours)
+        result["nearest"] = self.nearest(images).median().item()
+        found = classifier.predict(self.classifier, images)
+        shares = np.bincount(found, minlength=self.train.label_dim) / len(found)
+        result["shares"] = [round(share, 4) for share in shares.tolist()]
+        if labels is not None:
+            result["accuracy"] = float((found == labels[: len(found)]).mean())
+        return result
+
+    def floors(self):
+        """{name: measures} of the data itself: what new images of the same kind would show."""
+        if self.floor is not None:
+            row = self(self.floor)
+            row["nearest"] = self.nearest(self.reference.images).median().item()  # of images that are new for certain
+            return {"data: training against test images": row}
+        a, b = fid.split_half(len(self.train))
+        row = self(self.train.images[a], held={view: self.features(view, self.train.images[b]) for view in self.views})
+        row["nearest"] = self.nearest(self.train.images[a], skip_self=True).median().item()
+        return {"data: one half against the other": row}
+
+
+COLUMNS = {  # heading: (value in a row's measures, format)
+    "FD, classifier": (lambda r: r["fd_classifier"], "{:.4g}"),
+    "FD, stage 1": (lambda r: r.get("fd_stage1"), "{:.4f}"),
+    "KID x 1000, classifier": (lambda r: 1000 * r["kid_classifier"], "{:.3g}"),
+    "precision": (lambda r: r["precision_classifier"], "{:.2f}"),
+    "recall": (lambda r: r["recall_classifier"], "{:.2f}"),
+    "precision, stage 1": (lambda r: r.get("precision_stage1"), "{:.2f}"),
+    "recall, stage 1": (lambda r: r.get("recall_stage1"), "{:.2f}"),
+    "nearest": (lambda r: r["nearest"], "{:.1f}"),
+    "rarest class, %": (lambda r: 100 * min(r["shares"]), "{:.1f}"),
+    "most frequent, %": (lambda r: 100 * max(r["shares"]), "{:.1f}"),
+    "class asked for, %": (lambda r: 100 * r["accuracy"] if "accuracy" in r else None, "{:.1f}"),
+}
+
+
+def table(rows, columns=COLUMNS):
+    """A table in Markdown of {name: [measures of each seed]}: means, and standard deviations where there are several."""
+
+    def cell(row, value, form):
+        found = [value(seed) for seed in row if value(seed) is not None]
+        spread = f" ± {form.format(np.std(found, ddof=1))}" if len(found) > 1 else ""
+        return form.format(np.mean(found)) + spread if found else ""
+
+    cells = {name: [cell(row, *column) for column in columns.values()] for name, row in rows.items()}
+    kept = [i for i in range(len(columns)) if any(row[i] for row in cells.values())]  # columns that hold something
+    lines = [f"| | {' | '.join(list(columns)[i] for i in kept)} |", "|---" * (len(kept) + 1) + "|"]
+    return "\n".join(lines + [f"| {name} | {' | '.join(row[i] for i in kept)} |" for name, row in cells.items()])
+
+
+def main():
+    parser = runtime.Parser(__doc__)
+    parser.add_argument("data", metavar="NAME", help="digits, fashion-mnist, cifar10 or another labelled data set")
+    parser.add_argument("samples", nargs="*", metavar="NAME=FILE", help="a row's name and its samples")
+    parser.add_argument("--pretrained", metavar="PATH", help="stage-1 network whose features to use as well")
+    parser.add_argument("--json", metavar="PATH", help="append a line of JSON per file to this file")
+    parser.add_argument("--picture", metavar="PATH", help="draw 64 images of the data and of the first file of each row")
+    args = parser.parse_args()
+    for text in args.samples:
+        if "=" not in text:
+            parser.error(f"{text}: give NAME=FILE")
+    if args.data.endswith(":test"):
+        parser.error(f"{args.data}: give the name of the data set; its test images are found by themselves")
+    measures = Measures(args.data, args.pretrained)
+    rows = {name: [row] for name, row in measures.floors().items()}
+    shown = {"data": measures.reference.images}
+    for text in args.samples:
+        name, path = text.rsplit("=", 1)
+        dataset = data.load(path)
+        shown.setdefault(name, dataset.images)
+        rows.setdefault(name, []).append(measures(dataset.images, dataset.labels))
+    print(table(rows))
+    if args.picture:
+        data.save_panels(shown.values(), args.picture)
+        print(f"{args.picture}: {' | '.join(shown)}")
+    if args.json:
+        with open(args.json, "a") as file:
+            lines = ({"data": args.data, "row": name, **seed} for name, row in rows.items() for seed in row)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+if __name__ == "__main__":
+    runtime.run(main)
