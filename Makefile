@@ -1,5 +1,6 @@
 # make demo    environment, both stages on the embedded digits, samples, a table of distances: ten minutes on two cores
 # make test    the tests
+# make exercises    matplotlib for the pictures of the course, and its first exercise
 # make demo SEED=1 repeats it with another seed, in runs/digits-1.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ SEED ?= 0
 OUT ?= runs/digits$(if $(filter-out 0,$(SEED)),-$(SEED))
 PY = .venv/bin/python
 
-.PHONY: demo test
+.PHONY: demo test exercises
 
 demo: .venv/ready
 	$(PY) pretrain.py --seed $(SEED) --outdir $(OUT)/pretrain
@@ -16,6 +17,13 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(PY) -m pytest -q tests
+
+exercises: .venv/ready-exercises
+	$(PY) exercises/warmups.py
+
+.venv/ready-exercises: requirements-exercises.txt .venv/ready
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-exercises.txt
+	@touch $@
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'

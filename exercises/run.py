@@ -93,7 +93,8 @@ EXERCISES = {
     "momentum": {f"beta1 {b}": "" if b == "0" else f"--beta1 {b}" for b in ("0", "0.5", "0.9")},
     "teacher": {"DiffRatio": "", "VSD": ("--method vsd", "teacher"), "SiD": ("--method sid", "teacher")},
 }  # fmt: skip
-EXTRA_COLUMNS = {  # beside those of measure.py
+SHOWN = ("FD, classifier", "FD, stage 1", "precision", "recall", "nearest", "rarest class, %", "most frequent, %")  # of measure.py
+EXTRA_COLUMNS = {  # beside these
     "ratio": {
         **{f"right at {s}, %": (lambda r, s=s: 100 * r["calibration"][str(s)]["accuracy"], "{:.1f}") for s in LEVELS},
         **{f"E_q[exp h] at {s}": (lambda r, s=s: r["calibration"][str(s)]["mean_ratio"], "{:.2f}") for s in LEVELS},
@@ -202,7 +203,7 @@ def results(path):
 
 def table(exercise, rows, found, seeds):
     """The exercise's table, of those seeds of each row that are measured."""
-    columns = {**measure.COLUMNS, **EXTRA_COLUMNS.get(exercise, {})}
+    columns = {**{name: measure.COLUMNS[name] for name in SHOWN}, **EXTRA_COLUMNS.get(exercise, {})}
     lines = {name: [found[key] for seed in range(seeds) if (key := (run_name(*row_of(exercise, name)), seed)) in found] for name in rows}
     return measure.table({name: line for name, line in lines.items() if line}, columns)
 
@@ -212,6 +213,7 @@ def main():
     add = parser.add_argument
     add("exercise", nargs="?", choices=list(EXERCISES), help="which one")
     add("--seeds", type=runtime.positive(int), default=1, metavar="N", help="seeds 0 to N - 1")
+    add("--first-seed", type=int, default=0, metavar="N", help="leave out those before N, for two processes side by side")
     add("--rows", nargs="+", metavar="ROW", help="only these rows (default: all)")
     add("--results", default=str(HERE / "results" / "runs.jsonl"), metavar="PATH", help="where the lines are read and added")
     add("--table", action="store_true", help="print the table of what is measured, and run nothing")
@@ -240,7 +242,7 @@ def run_all(args, rows):
     if not (WORK / STAGE1).exists():
         raise UserError(f"the exercises start from {STAGE1}, which is missing; run `make demo` first, or `python pretrain.py`")
     measures = None
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.seeds):
         for name in rows:
             flags, names = row_of(args.exercise, name)
             run = run_name(flags, names)
