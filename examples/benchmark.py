@@ -21,12 +21,14 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
 import fid  # noqa: E402
 import networks  # noqa: E402
 import pretrain  # noqa: E402
 import runtime  # noqa: E402
 import sample  # noqa: E402
+import teacher  # noqa: E402
 import train_diffratio  # noqa: E402
 
 
@@ -82,36 +84,18 @@ def stage_2(config, batch, rt, compiled=False):
     return step
 
 
-def distillation(config, batch, rt, compiled=False):
-    """Function that takes one iteration of variational score distillation (arXiv 2305.16213; weights of arXiv 2311.18828).
-
-    A denoiser of the samples takes a step of stage 1 on them; then the generator follows the difference between
-    that denoiser and the frozen teacher.
-    """
+def distillation(config, batch, rt, compiled=False, method="vsd"):
+    """Function that takes an iteration with a teacher, by `method` of exercises/teacher.py."""
     config = dataclasses.replace(config, dropout=0.0)
-    generator, student, teacher = (networks.Denoiser(config).train() for _ in range(3))
-    for net in (generator, student, teacher):
-        networks.place(net, rt.device, compiled)
-    teacher.requires_grad_(False)
-    ema, draw = copy.deepcopy(generator), Batch(config, batch, rt.device)
-    generator_learner, student_learner = (runtime.Learner(net, rt, 1e-5, (0.0, 0.999), batch) for net in (generator, student))
-
-    def generator_objective(fake, sigma, eps, labels):
-        with torch.no_grad():
-            noised = fake + sigma[:, None, None, None] * eps
-            wrong, right = student(noised, sigma, labels), teacher(noised, sigma, labels)
-            direction = (wrong - right) / (fake - right).abs().mean(dim=(1, 2, 3), keepdim=True)
-        return (direction * fake).sum(dim=(1, 2, 3))
+    nets = [networks.place(networks.Denoiser(config).train(), rt.device, compiled) for _ in range(3)]  # generator, student, teacher
+    nets[2].requires_grad_(False)
+    ema, draw = copy.deepcopy(nets[0]), Batch(config, batch, rt.device)
+    learners = [runtime.Learner(net, rt, 1e-5, (0.0, 0.999), batch) for net in nets[:2]]
+    noises = (draw.sigma, draw.eps), (draw.sigma_generator, draw.eps_generator)
 
     def step():
-        with rt.autocast():
-            fake = sample.one_step(generator, draw.z, draw.labels)
-        student_learner.step(1e-5, lambda *part: pretrain.denoising_loss(student, *part),
-                             fake.detach(), draw.sigma, draw.eps, draw.labels)  # fmt: skip
-        networks.normalize_weights(student)
-        generator_learner.step(1e-5, generator_objective, fake, draw.sigma_generator, draw.eps_generator, draw.labels)
-        networks.normalize_weights(generator)
-        networks.update_ema(ema, generator, batch, 500_000, batch)
+        teacher.iteration(method, nets, learners, (1e-5, 1e-5), draw.z, draw.labels, 2.5, *noises)
+        networks.update_ema(ema, nets[0], batch, 500_000, batch)
 
     return step
 

@@ -35,6 +35,7 @@ import files  # noqa: E402
 import measure  # noqa: E402
 import runtime  # noqa: E402
 import sample  # noqa: E402
+import verifier  # noqa: E402
 from files import UserError  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------
@@ -68,6 +69,8 @@ EXERCISES = {
         "noise at all levels, non-saturating (DiRM)": "--divergence dirm",
         "no noise, saturating": "--p-mean -4.6 --p-std 0.001",
         "no noise, non-saturating": "--divergence dirm --p-mean -4.6 --p-std 0.001",
+        "noise at all levels, ratio network at random": "--ratio-init random",
+        "no noise, ratio network at random": "--ratio-init random --p-mean -4.6 --p-std 0.001",
     },
     "order": {
         "ratio step, then the same z": "",
@@ -159,8 +162,7 @@ def call(command):
 def calibration(folder, dataset, seed):
     """Of the ratio network, on fresh samples, at each of LEVELS: {level: {accuracy, error, mean_ratio}}.
 
-    error: expected calibration error, the mean over ten bins of |predicted probability of "data" - its frequency|, weighted
-    by the bins' sizes. mean_ratio: E_q[exp h], which is 1 for the exact ratio. The samples are those of the averaged generator.
+    error and mean_ratio: as `verifier.calibration` says. The samples are those of the averaged generator.
     """
     net = checkpoints.load_network(folder / "network.pt", role="generator")
     ratio = checkpoints.load_network(folder / "ratio.pt", role="ratio")
@@ -169,14 +171,11 @@ def calibration(folder, dataset, seed):
     real, result = dataset.to_model(dataset.batch(np.arange(len(dataset)))[0], "cpu"), {}
     for level in LEVELS:
         generator = runtime.rng("cpu", seed, "calibration", str(level))
-        sigma = torch.full((len(real),), level)
         noised = [x + level * torch.randn(x.shape, generator=generator) for x in (real, fake)]
-        h_real, h_fake = (torch.cat([ratio(a, s) for a, s in zip(x.split(300), sigma.split(300))]) for x in noised)
-        h, truth = torch.cat([h_real, h_fake]), torch.cat([torch.ones(len(real)), torch.zeros(len(fake))])
-        bins = (h.sigmoid() * 10).long().clamp(max=9)
-        gaps = torch.zeros(10).index_add_(0, bins, h.sigmoid() - truth).abs()
+        h_real, h_fake = (torch.cat([ratio(a, torch.full((len(a),), level)) for a in x.split(300)]) for x in noised)
+        found = verifier.calibration(h_real, h_fake)
         accuracy = ((h_real > 0).float().mean() + (h_fake < 0).float().mean()) / 2
-        result[str(level)] = dict(accuracy=accuracy.item(), error=(gaps.sum() / len(h)).item(), mean_ratio=h_fake.exp().mean().item())
+        result[str(level)] = dict(accuracy=accuracy.item(), error=found["calibration_error"], mean_ratio=found["mean_ratio"])
     return result
 
 
