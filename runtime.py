@@ -394,6 +394,16 @@ def positive(kind):
     return parse
 
 
+def fraction(text):
+    """An argparse type: a number in [0, 1)."""
+    if not 0 <= float(text) < 1:
+        raise ValueError
+    return float(text)
+
+
+fraction.__name__ = "number in [0, 1)"  # in argparse's message
+
+
 class Draw:
     """Random numbers of one training step, as a function of `key` alone.
 

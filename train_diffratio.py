@@ -42,7 +42,7 @@ import pretrain
 import runtime
 import sample
 from files import UserError
-from runtime import Parser, positive
+from runtime import Parser, fraction, positive
 
 # ---------------------------------------------------------------------------------------------------------
 # Settings. The defaults of each preset; every flag overrides.
@@ -122,8 +122,8 @@ def arguments():
     add("--ratio-lr", type=positive(float), metavar="X", help="learning rate of the ratio network (Adam)")
     add("--lr-decay-kimg", type=float, metavar="N", help="thousands of images over which both fall as a half cosine to 0; "
         "0: constant (default of the small presets: the length of the run)")  # fmt: skip
-    add("--beta1", type=float, metavar="X", help="Adam's beta1 of both networks; larger values than 0 collapse")
-    add("--beta2", type=float, metavar="X", help="Adam's beta2 of both networks")
+    add("--beta1", type=fraction, metavar="X", help="Adam's beta1 of both networks; larger values than 0 collapse")
+    add("--beta2", type=fraction, metavar="X", help="Adam's beta2 of both networks")
     add("--ema-halflife-kimg", type=positive(float), metavar="N", help="half-life of the averaged generator, thousands of images")
     add("--fid-every", type=positive(float), metavar="KIMG", help="measure FID of the averaged generator every KIMG "
         "thousand images and keep the best as network-best.pt (default: never)")  # fmt: skip

@@ -5,9 +5,12 @@ A student makes them in an editor; `run.py` makes them in a copy of the script, 
 """
 
 import difflib
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from files import UserError  # noqa: E402
 
 MORE_DIVERGENCES = (  # further lines for the table of divergences: exercise 2
     '"jeffreys": lambda h: -h - torch.exp(h),  # both Kullback-Leibler divergences, f(u) = (u - 1) ln u',
@@ -62,13 +65,14 @@ CHANGES = {
 
 
 def changed(names):
-    """(script, its text, its text with the changes `names`, all of one script). Raises if one does not fit exactly once."""
+    """(script, its text, its text with the changes `names`, all of one script). `UserError` if one does not fit exactly once."""
     script = CHANGES[names[0]][0]
     before = after = (ROOT / script).read_text()
     for name in names:
         for old, new in CHANGES[name][1]:
             if after.count(old) != 1:
-                raise ValueError(f"change {name}: {after.count(old)} places in {script} instead of one:\n{old}")
+                raise UserError(f"the change {name} does not fit {script}, which was edited there; put your edit back, or leave "
+                                "this row out with --rows")
             after = after.replace(old, new)
     return script, before, after
 

@@ -2,10 +2,11 @@
 
     python exercises/figures.py order             assets/exercises/order.png
 
-The curves come from exercises/results/runs.jsonl, the samples from the runs of seed 0 in runs/exercises: those that are not there
-are left out. Needs matplotlib: `pip install -r requirements-exercises.txt`, or `make exercises`.
+The curves come from exercises/results/runs.jsonl, the samples from the runs of seed 0 in runs/exercises/runs: those that are not
+there are left out. Of `teacher` the curves are over time. Needs matplotlib: `pip install -r requirements-exercises.txt`, or `make exercises`.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import checkpoints  # noqa: E402
 import data  # noqa: E402
+import plane  # noqa: E402
 import run  # noqa: E402
 import runtime  # noqa: E402
 import sample  # noqa: E402
@@ -32,31 +34,34 @@ def samples(folder):
     return np.pad(images, ((0, 0), (0, 0), (0, 1)), constant_values=255).transpose(1, 0, 2).reshape(images.shape[1], -1)
 
 
-def draw(exercise, found, path):
-    """Write the picture of an exercise, from the lines `found` {(run, seed): line}."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("pictures need matplotlib: pip install -r requirements-exercises.txt") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def iteration_seconds():
+    """{row of the exercise `teacher`: seconds per thousand images}, as `teacher.py --cost digits` measured them side by side."""
+    rows = map(json.loads, (HERE / "results" / "teacher-cost.jsonl").read_text().splitlines())
+    names = {"diffratio": "DiffRatio", "vsd": "VSD", "sid": "SiD"}
+    return {names[row["method"]]: 1000 * row["seconds_per_image"] for row in rows}
 
+
+def draw(exercise, results, path):
+    """Write the picture of an exercise, from the file `results` and the runs that belong to it."""
+    plt = plane.pyplot()
     rows = {name: run.run_name(*run.row_of(exercise, name)) for name in run.EXERCISES[exercise]}
+    found = run.results(results)
     curves = {name: [line["curve"] for (key, _), line in found.items() if key == rows[name]] for name in rows}
     if not any(curves.values()):
         raise UserError(f"nothing of {exercise} is measured yet; run `python exercises/run.py {exercise}` first")
-    grids = {name: samples(run.WORK / "runs" / "exercises" / f"{key}-0") for name, key in rows.items()}
+    grids = {name: samples(run.folder_of(*run.row_of(exercise, name), 0, results)) for name in rows}
     shown = {name: grid for name, grid in grids.items() if grid is not None}
+    seconds = iteration_seconds() if exercise == "teacher" else {}
     figure = plt.figure(figsize=(11, 4.2), dpi=110, layout="constrained")
     left, right = figure.subfigures(1, 2)
     axes = left.subplots()
     for i, (name, seeds) in enumerate(curves.items()):
         if seeds:
-            kimg = np.array(seeds[0])[:, 0] / 1000
+            kimg = np.array(seeds[0])[:, 0] / 1000 * seconds.get(name, 1)
             values = np.array(seeds)[:, :, 1]
             axes.plot(kimg, np.exp(np.log(values).mean(axis=0)), label=name, color=f"C{i}")  # the mean of a log axis
             axes.fill_between(kimg, values.min(axis=0), values.max(axis=0), color=f"C{i}", alpha=0.15, linewidth=0)
-    axes.set(xlabel="thousand images", ylabel="Fréchet distance, stage-1 features", yscale="log")
+    axes.set(xlabel="seconds on one core" if seconds else "thousand images", ylabel="Fréchet distance, stage-1 features", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     panels = np.atleast_1d(right.subplots(max(len(shown), 1), 1))
@@ -77,7 +82,7 @@ def main():
     parser.add_argument("--out", metavar="PATH", help="the picture (default: assets/exercises/NAME.png)")
     args = parser.parse_args()
     out = Path(args.out or HERE.parent / "assets" / "exercises" / f"{args.exercise}.png")
-    draw(args.exercise, run.results(args.results), out)
+    draw(args.exercise, args.results, out)
     print(f"wrote {out}")
 
 

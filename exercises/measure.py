@@ -105,9 +105,10 @@ class Measures:
 
 
 COLUMNS = {  # heading: (value in a row's measures, format)
-    "FD, classifier": (lambda r: r["fd_classifier"], "{:.4g}"),
+    "images": (lambda r: r["images"], "{:.0f}"),
+    "FD, classifier": (lambda r: r["fd_classifier"], "{:.1f}"),
     "FD, stage 1": (lambda r: r.get("fd_stage1"), "{:.4f}"),
-    "KID x 1000, classifier": (lambda r: 1000 * r["kid_classifier"], "{:.3g}"),
+    "KID, classifier": (lambda r: r["kid_classifier"], "{:.3g}"),
     "precision": (lambda r: r["precision_classifier"], "{:.2f}"),
     "recall": (lambda r: r["recall_classifier"], "{:.2f}"),
     "precision, stage 1": (lambda r: r.get("precision_stage1"), "{:.2f}"),
@@ -124,7 +125,7 @@ def table(rows, columns=COLUMNS):
 
     def cell(row, value, form):
         found = [value(seed) for seed in row if value(seed) is not None]
-        spread = f" ± {form.format(np.std(found, ddof=1))}" if len(found) > 1 else ""
+        spread = f" ± {form.format(np.std(found, ddof=1))}" if np.ptp(found or [0]) else ""
         return form.format(np.mean(found)) + spread if found else ""
 
     cells = {name: [cell(row, *column) for column in columns.values()] for name, row in rows.items()}
@@ -140,7 +141,7 @@ def main():
     parser.add_argument("--pretrained", metavar="PATH", help="stage-1 network whose features to use as well")
     parser.add_argument("--json", metavar="PATH", help="append a line of JSON per file to this file")
     parser.add_argument("--picture", metavar="PATH", help="draw 64 images of the data and of the first file of each row")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # files may stand behind the flags
     for text in args.samples:
         if "=" not in text:
             parser.error(f"{text}: give NAME=FILE")

@@ -5,14 +5,16 @@
     python exercises/run.py order --rows "fresh z" "same z, same noise"
     python exercises/run.py --list                             all exercises and their rows
     python exercises/run.py --diff fresh-z                     a change of code, as a diff
+    python exercises/run.py order --table --seeds 3            the table of what is measured; nothing is run
     python exercises/run.py momentum --results mine.jsonl      your own numbers instead of those in the repository
 
 All rows start from the stage-1 network of `make demo`. A row is a run of fixed length (never the best checkpoint) in
 runs/exercises, and a line of exercises/results/runs.jsonl: its measures (exercises/measure.py) and its distance over
-training. A run that several exercises share is made once. Stopped, the same command continues it. A line that is
-there is not measured again: give another file with --results to repeat it.
+training. A run that several exercises share is made once. Stopped, the same command continues it. The lines of the repository
+are complete, so without --results nothing is run: with `--results mine.jsonl` the runs are made anew, in runs/exercises/mine.
 """
 
+import contextlib
 import json
 import os
 import shlex
@@ -42,7 +44,8 @@ from files import UserError  # noqa: E402
 # The settings of all exercises, as differences from the preset `digits` of the stage scripts.
 
 STAGE1 = "runs/digits/pretrain/network.pt"  # of `make demo`
-COMMON = f"--init {STAGE1} --kimg 24 --batch 64"  # less than a third of the demo's time, with the rates falling over it
+KIMG = 24  # length of every run, thousands of images
+COMMON = f"--init {STAGE1} --kimg {KIMG} --batch 64"  # less than a third of the demo's time, with the rates falling over it
 CURVE = f"--fid-every 4 --fid-features {STAGE1} --fid-images 1797"
 SAMPLES = 3594  # of each generator: twice the data
 ONE_LEVEL = "--p-mean 0.9163 --p-std 0.001"  # ln 2.5: a stage 1 at a single noise level, for the exercise `stage-1`
@@ -100,6 +103,7 @@ SHOWN = ("FD, classifier", "FD, stage 1", "precision", "recall", "nearest", "rar
 EXTRA_COLUMNS = {  # beside these
     "ratio": {
         **{f"right at {s}, %": (lambda r, s=s: 100 * r["calibration"][str(s)]["accuracy"], "{:.1f}") for s in LEVELS},
+        **{f"calibration error at {s}": (lambda r, s=s: r["calibration"][str(s)]["error"], "{:.3f}") for s in LEVELS},
         **{f"E_q[exp h] at {s}": (lambda r, s=s: r["calibration"][str(s)]["mean_ratio"], "{:.2f}") for s in LEVELS},
     },
     "noise": {
@@ -124,12 +128,16 @@ def run_name(flags, names):
     return " ".join([*flags.replace("--", "").split(), *(f"+{name}" for name in names)]).replace(" ", "_") or "default"
 
 
-def train(flags, names, seed, length=()):
-    """Run the stage script with these flags and changes of code; returns the folder of the run.
+def folder_of(flags, names, seed, results):
+    """Where a run lies; those of each file of results apart, so that another file means another run."""
+    return WORK / "runs" / "exercises" / Path(results).stem / f"{run_name(flags, names)}-{seed}"
+
+
+def train(folder, flags, names, seed, length=()):
+    """Run the stage script with these flags and changes of code, in this folder.
 
     length: further flags that come last, such as a shorter --kimg.
     """
-    folder = WORK / "runs" / "exercises" / f"{run_name(flags, names)}-{seed}"
     script = ROOT / "train_diffratio.py"
     if names == ("teacher",):
         script = HERE / "teacher.py"
@@ -141,7 +149,6 @@ def train(flags, names, seed, length=()):
             part.write_text(changes.changed(names)[2])
     command = [sys.executable, str(script), *shlex.split(f"{COMMON} {CURVE} {flags}"), *length]
     call([*command, "--seed", str(seed), "--outdir", str(folder)])
-    return folder
 
 
 def one_level(length=()):
@@ -152,9 +159,12 @@ def one_level(length=()):
 
 def call(command):
     """Run a script in a process of its own; its output goes through. An error of it ends this one, with its exit code."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # where a changed copy finds the other files
-    code = subprocess.run(command, cwd=WORK, env=environment).returncode
-    if code:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # where a changed copy finds the others
+    process = subprocess.Popen(command, cwd=WORK, env={**os.environ, "PYTHONPATH": path})
+    while process.poll() is None:
+        with contextlib.suppress(KeyboardInterrupt):  # the script has had it too, and stops with a checkpoint
+            process.wait()
+    if code := process.returncode:
         sys.exit(code if code > 0 else 128 - code)
 
 
@@ -181,13 +191,13 @@ def calibration(folder, dataset, seed):
 
 def measured(folder, measures, seed):
     """The line of a finished run."""
-    net = checkpoints.load_network(folder / "network.pt", role="generator")
-    images = np.concatenate([data.to_uint8(x) for x, _ in sample.in_batches(net, range(SAMPLES), seed, "cpu", 300)])
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [line for line in log if "images_per_second" in line]
-    seconds = np.median([1000 / line["images_per_second"] for line in steps])
-    line = dict(measures(images), seconds_per_kimg=seconds, peak_memory_gb=max(line["peak_memory_gb"] for line in steps))
-    line["curve"] = [[line["nimg"], line["fid"]] for line in log if "fid" in line]
+    if steps[-1]["nimg"] // 1000 != KIMG:
+        raise UserError(f"{folder} is a run of {steps[-1]['nimg'] / 1000:g} instead of {KIMG} kimg; remove it")
+    net = checkpoints.load_network(folder / "network.pt", role="generator")
+    images = np.concatenate([data.to_uint8(x) for x, _ in sample.in_batches(net, range(SAMPLES), seed, "cpu", 300)])
+    line = dict(measures(images), curve=[[line["nimg"], line["fid"]] for line in log if "fid" in line])
     if "bands" in steps[-1]:  # of a method with a ratio network
         line["bands"] = {name: band["accuracy"] for name, band in steps[-1]["bands"].items()}
         line["calibration"] = calibration(folder, measures.train, seed)
@@ -196,8 +206,9 @@ def measured(folder, measures, seed):
 
 def results(path):
     """{(run, seed): its line} of a file of results."""
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-    return {(line["run"], line["seed"]): line for line in map(json.loads, lines)}
+    with files.reading(path, "a file of results", "correct or remove it"):
+        lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+        return {(line["run"], line["seed"]): line for line in map(json.loads, lines)}
 
 
 def table(exercise, rows, found, seeds):
@@ -212,7 +223,8 @@ def main():
     add = parser.add_argument
     add("exercise", nargs="?", choices=list(EXERCISES), help="which one")
     add("--seeds", type=runtime.positive(int), default=1, metavar="N", help="seeds 0 to N - 1")
-    add("--first-seed", type=int, default=0, metavar="N", help="leave out those before N, for two processes side by side")
+    add("--first-seed", type=int, default=0, metavar="N", help="leave out those before N, for two processes side by side (after `stage-1` has "
+        "made its network of one level)")  # fmt: skip
     add("--rows", nargs="+", metavar="ROW", help="only these rows (default: all)")
     add("--results", default=str(HERE / "results" / "runs.jsonl"), metavar="PATH", help="where the lines are read and added")
     add("--table", action="store_true", help="print the table of what is measured, and run nothing")
@@ -240,6 +252,7 @@ def run_all(args, rows):
     """Train and measure the rows that have no line yet."""
     if not (WORK / STAGE1).exists():
         raise UserError(f"the exercises start from {STAGE1}, which is missing; run `make demo` first, or `python pretrain.py`")
+    Path(args.results).parent.mkdir(parents=True, exist_ok=True)
     measures = None
     for seed in range(args.first_seed, args.seeds):
         for name in rows:
@@ -249,7 +262,8 @@ def run_all(args, rows):
                 continue
             print(f"\n--- {args.exercise}: {name}, seed {seed}", flush=True)
             start = time.monotonic()
-            folder = train(flags, names, seed)
+            folder = folder_of(flags, names, seed, args.results)
+            train(folder, flags, names, seed)
             measures = measures or measure.Measures("digits", WORK / STAGE1)
             line = dict(run=run, seed=seed, **measured(folder, measures, seed))
             with open(args.results, "a") as file:

@@ -140,13 +140,18 @@ def train_on(ratio, train, stop, steps, halflife, settings, seed, penalty=0.0):
 def ratio_networks(args, seed, ratio, train, stop):
     """{name: ratio network}; an earlier call has left them in the folder of this data and seed, or they are trained now."""
     folder, names = Path(args.outdir) / f"{args.data}-{seed}", ("last", "best", "average", "r1", "r1-average")
-    if not all((folder / f"{name}.pt").exists() for name in names):
+    about = dict(data=args.data, seed=seed, network=args.network, ratio=args.ratio, steps=args.steps, pool=args.pool)
+    if (folder / f"{names[-1]}.pt").exists():  # the last that is written
+        found = checkpoints.load_network(folder / f"{names[-1]}.pt", role="ratio").about
+        if {key: found.get(key) for key in about} != about:
+            raise UserError(f"{folder} holds ratio networks of another generator or of other settings; give another --outdir")
+    else:
         settings = argparse.Namespace(**train_diffratio.PRESETS[args.data])
         common = (ratio, train, stop, args.steps, DATA[args.data]["halflife"], settings, seed)
         made, penalised = train_on(*common), train_on(*common, PENALTY)
         made |= {"r1": penalised["best"], "r1-average": penalised["average"]}
         for name in names:
-            checkpoints.save_network(folder / f"{name}.pt", made[name], role="ratio", data=args.data, seed=seed)
+            checkpoints.save_network(folder / f"{name}.pt", made[name], role="ratio", **about)
     blind = networks.RatioNetwork(ratio.config).eval()  # its head starts at zero
     return {"blind": blind, "trained": ratio} | {name: checkpoints.load_network(folder / f"{name}.pt", role="ratio") for name in names}
 
@@ -316,7 +321,7 @@ def main():
 
     for seed in seeds:
         done = {row["recipe"] for row in measured() if row["seed"] == seed}
-        for lines in sweep(args, seed, done) if done < RECIPES.keys() else ():
+        for lines in sweep(args, seed, done) if RECIPES.keys() - done else ():
             with open(path, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
             print(f"seed {seed}: {lines[0]['recipe']}", flush=True)

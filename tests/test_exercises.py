@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "exercises"))
@@ -18,7 +19,9 @@ import classifier  # noqa: E402
 import data  # noqa: E402
 import figures  # noqa: E402
 import measure  # noqa: E402
+import pretrain  # noqa: E402
 import run  # noqa: E402
+import sample  # noqa: E402
 import train_diffratio  # noqa: E402
 from files import UserError  # noqa: E402
 from test_method import F_OF_U  # noqa: E402
@@ -65,7 +68,8 @@ def test_every_row_trains(name, work):
     """For two steps; with the changes of code of its row. The flags are those that the log's settings then show."""
     exercise, row = ROWS[name]
     flags, names = run.row_of(exercise, row)
-    folder = run.train(flags, names, 0, SHORT)
+    folder = run.folder_of(flags, names, 0, "mine.jsonl")
+    run.train(folder, flags, names, 0, SHORT)
     assert checkpoints.load_network(folder / "network.pt", role="generator").about["nimg"] == 64
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert any("fid" in line for line in log)
@@ -83,7 +87,7 @@ def test_every_change_fits_its_script_and_changes_it(name):
 
 def test_a_change_that_no_longer_fits_is_an_error(monkeypatch):
     monkeypatch.setitem(changes.CHANGES, "lost", ("train_diffratio.py", [("no such line\n", "")]))
-    with pytest.raises(ValueError, match="0 places"):
+    with pytest.raises(UserError, match="does not fit train_diffratio.py"):
         changes.changed(["lost"])
 
 
@@ -92,7 +96,7 @@ def test_the_further_divergences_are_derivatives_of_their_f():
     f = {"jeffreys": lambda u: (u - 1) * u.log(), "hellinger": lambda u: (u.sqrt() - 1) ** 2, "lecam": lambda u: (u - 1) ** 2 / (u + 1)}
     namespace = {"torch": torch}
     exec("LOSSES = {" + "\n".join(changes.MORE_DIVERGENCES) + "\n}", namespace)
-    assert namespace["LOSSES"].keys() == f.keys() and not f.keys() & F_OF_U.keys()
+    assert namespace["LOSSES"].keys() == f.keys()
     h = torch.linspace(-4, 4, 41, dtype=torch.float64)
     for name, loss in namespace["LOSSES"].items():
         u = torch.cat([(-h).exp(), torch.ones(1, dtype=torch.float64)]).requires_grad_(True)
@@ -102,7 +106,12 @@ def test_the_further_divergences_are_derivatives_of_their_f():
 
 def steps(work, *names):
     """The weights of the generator after two steps with these changes of code."""
-    return checkpoints.load_network(run.train("", names, 0, SHORT) / "network.pt").state_dict()
+    return trained(work / "-".join(["steps", *names]), names, SHORT)
+
+
+def trained(folder, names, length):
+    run.train(folder, "", names, 0, length)
+    return checkpoints.load_network(folder / "network.pt").state_dict()
 
 
 def test_each_order_of_the_steps_is_another_training(work, one_thread):
@@ -125,11 +134,10 @@ def train_diffratio_in(work):
 def test_in_the_simultaneous_order_the_generator_is_judged_by_the_older_ratio_network(work, one_thread):
     """Its first ratio network is blind, its head being zero: so the generator's first gradient is zero and it stays."""
     blind = SHORT[:1] + ["0.032"] + SHORT[2:]  # one step
-    folder = run.train("", ("simultaneous",), 0, blind)
     start = checkpoints.load_network(work / run.STAGE1).state_dict()
-    after = checkpoints.load_network(folder / "network.pt").state_dict()
+    after = trained(work / "simultaneous", ("simultaneous",), blind)
     assert all(torch.equal(start[key], after[key]) for key in start)
-    moved = checkpoints.load_network(run.train("", (), 0, blind) / "network.pt").state_dict()
+    moved = trained(work / "in turn", (), blind)
     assert any(not torch.equal(start[key], moved[key]) for key in start)
 
 
@@ -137,6 +145,7 @@ def test_results_are_not_measured_twice_and_the_table_shows_mean_and_spread(work
     monkeypatch.setattr(measure, "Measures", lambda *_: measures)
     monkeypatch.setattr(run, "COMMON", f"{run.COMMON} {' '.join(SHORT)}")
     monkeypatch.setattr(run, "SAMPLES", 300)
+    monkeypatch.setattr(run, "KIMG", 0)
     results, rows = work / "runs.jsonl", ["--rows", "1 ratio step", "rate 1e-3"]
     call(run, "ratio", "--seeds", "2", *rows, "--results", results)
     found = run.results(results)
@@ -146,8 +155,11 @@ def test_results_are_not_measured_twice_and_the_table_shows_mean_and_spread(work
     assert line["images"] == 300 and line["curve"][0][0] == 64 and set(line["calibration"]) == {"0.1", "0.5", "1.0"}
     a, b = (found["default", seed]["fd_classifier"] for seed in (0, 1))
     shown = capsys.readouterr().out
-    assert f"| 1 ratio step | {(a + b) / 2:.4g} ± {abs(a - b) / 2**0.5:.4g} |" in shown and "| right at 0.5, % |" in shown
+    assert f"| 1 ratio step | {(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f} |" in shown and "| right at 0.5, % |" in shown
     monkeypatch.setattr(run, "train", None)  # a further run would fail
+    with pytest.raises(UserError, match="0.064 instead of 24 kimg"):
+        monkeypatch.setattr(run, "KIMG", 24)
+        run.measured(run.folder_of("", (), 0, results), measures, 0)
     call(run, "ratio", "--seeds", "2", *rows, "--results", results)
     call(run, "order", "--table", "--results", results)
     assert results.read_text() == lines and "ratio step, then the same z" in capsys.readouterr().out
@@ -199,17 +211,40 @@ def test_measure_command(call, capsys, measures, monkeypatch, tmp_path, digits):
     monkeypatch.setattr(measure, "Measures", lambda *_: measures)
     for seed in (0, 1):
         np.savez(tmp_path / f"{seed}.npz", arr_0=digits.images[300 * seed : 300 * (seed + 1)])
-    call(measure, "digits", f"mine={tmp_path}/0.npz", f"mine={tmp_path}/1.npz", "--json", tmp_path / "out.jsonl")
+    picture = tmp_path / "panels.png"
+    call(measure, "digits", "--json", tmp_path / "out.jsonl", f"mine={tmp_path}/0.npz", f"mine={tmp_path}/1.npz", "--picture", picture)
     out = capsys.readouterr().out
     assert "| data: one half against the other |" in out and out.count("| mine |") == 1 and "±" in out
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    with Image.open(picture) as image:  # two panels of 8 x 8 images of 8 x 8, and a column of white images
+        assert image.size == (17 * 9 + 1, 8 * 9 + 1)
     assert [line["row"] for line in lines] == ["data: one half against the other", "mine", "mine"]
 
 
 def test_pictures(work, tmp_path):
     pytest.importorskip("matplotlib", reason="an optional extra")
     line = dict(run="default", seed=0, curve=[[64, 0.5], [128, 0.25]])
-    figures.draw("order", {("default", 0): line}, tmp_path / "order.png")
-    assert (tmp_path / "order.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "mine.jsonl").write_text(json.dumps(line) + "\n")
+    for exercise in ("order", "teacher"):
+        figures.draw(exercise, tmp_path / "mine.jsonl", tmp_path / f"{exercise}.png")
+        assert (tmp_path / f"{exercise}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="run.py order"):
-        figures.draw("order", {}, tmp_path / "none.png")
+        figures.draw("order", tmp_path / "none.jsonl", tmp_path / "none.png")
+
+
+def test_the_results_in_the_repository_are_complete():
+    """Three seeds of every row, each of the full length."""
+    found = run.results(ROOT / "exercises" / "results" / "runs.jsonl")
+    assert set(found) == {(name, seed) for name in ROWS for seed in range(3)}
+    assert all(line["curve"][-1][0] == 1000 * run.KIMG for line in found.values())
+
+
+def test_own_pictures_from_a_folder_to_a_class_of_the_generator(call, digits, tmp_path, monkeypatch):
+    """Exercise 12, for two steps of each stage: the classes in dataset.json are those of the generator."""
+    monkeypatch.chdir(tmp_path)
+    data.write_images([(digits.images[:200], digits.labels[:200].tolist())], "my-pictures", 200)
+    short = SHORT[:4]
+    call(pretrain, "--data", "my-pictures", "--cond", *short, "--outdir", "runs/mine/pretrain")
+    call(train_diffratio, "--data", "my-pictures", "--init", "runs/mine/pretrain/network.pt", *short, "--outdir", "runs/mine/dijs")
+    call(sample, "--network", "runs/mine/dijs/network.pt", "--class", "7", "--n", "6", "--out", "sevens.npz")
+    assert data.load("sevens.npz").labels.tolist() == [7] * 6

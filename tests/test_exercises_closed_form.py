@@ -23,7 +23,7 @@ import warmups  # noqa: E402
 def test_f_of_u_over_u_has_another_gradient_which_kl_hides():
     """For Jensen-Shannon the sign is wrong. For the reverse KL f(u)/u = ln u is f'(u) = ln u + 1 up to a constant: no harm."""
     rows = {row["divergence"]: row for row in warmups.wrong_loss(0)}
-    assert rows.keys() == F_OF_U.keys()
+    assert rows.keys() == warmups.F_OF_U.keys()
     for row in rows.values():
         assert row["f'(u)"] == pytest.approx(row["d/dtheta of the divergence"], abs=1e-9)
     assert rows["dijs"]["f(u)/u"] == pytest.approx(-0.1286, abs=1e-4)
@@ -32,7 +32,7 @@ def test_f_of_u_over_u_has_another_gradient_which_kl_hides():
     assert rows["fkl"]["f(u)/u"] < 0 < rows["fkl"]["f'(u)"]  # the sign is wrong here too
 
 
-@pytest.mark.parametrize("name", F_OF_U)
+@pytest.mark.parametrize("name", warmups.F_OF_U)
 def test_f_of_the_warm_up_is_that_of_the_method(name):
     u = torch.linspace(0.05, 8, 50, dtype=torch.float64)
     torch.testing.assert_close(warmups.F_OF_U[name](u), F_OF_U[name](u))

@@ -3,6 +3,7 @@
 import io
 import re
 import shlex
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -14,7 +15,11 @@ import sample
 import train_diffratio
 
 ROOT = Path(__file__).parent.parent
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "METHOD.md", "assets/README.md")}
+sys.path.insert(0, str(ROOT / "exercises"))
+import changes  # noqa: E402
+import run  # noqa: E402
+
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "METHOD.md", "assets/README.md", "exercises/README.md")}
 SCRIPTS = {f"{script.__name__}.py": script for script in (pretrain, train_diffratio, sample, fid)}
 
 
@@ -44,6 +49,42 @@ def test_commands_take_the_flags_they_are_shown_with(monkeypatch, page, script, 
         assert stop.value.code == 0 and "usage" in text.getvalue()
     else:
         SCRIPTS[script].arguments()
+
+
+def test_commands_of_the_exercises_exist_with_their_flags(capsys):
+    """Every `python exercises/NAME.py ...` and `python examples/NAME.py ...` of the pages; flags as the script's --help shows them."""
+    lines = {line for text in PAGES.values() for line in re.findall(r"^python (?:exercises|examples)/.*$", text, re.MULTILINE)}
+    assert len(lines) > 15
+    for line in sorted(lines):
+        words = shlex.split(line, comments=True)[1:]
+        assert (ROOT / words[0]).exists(), line
+        flags = [word for word in words[1:] if word.startswith("--")]
+        script = (ROOT / words[0]).read_text()
+        for flag in flags:
+            own = f'"{flag}"' in script or flag[2:] in ("samples", "pool", "steps")  # of verifier.py, added in a loop
+            assert own or f'"{flag}"' in (ROOT / "runtime.py").read_text(), f"{line}: {flag}"
+        if words[0] == "exercises/run.py" and words[1] not in ("NAME", "--list", "--diff", "--table"):
+            assert words[1] in run.EXERCISES, line
+
+
+def test_the_page_of_exercises_shows_the_changes_as_they_are():
+    """Each diff that run.py makes and the page shows; and every exercise has all of its parts."""
+    page = PAGES["exercises/README.md"]
+    shown = [name for name in changes.CHANGES if changes.diff([name]) in page]
+    assert {"divergences", "generator-random", "fresh-z", "frozen-encoder"} <= set(shown)
+    parts = re.split(r"^## (\d+)\. ", page, flags=re.MULTILINE)
+    assert [int(number) for number in parts[1::2]] == list(range(13))
+    for number, text in zip(parts[1::2], parts[2::2]):
+        for heading in ("Question", "Predict first", "Read", "Do", "Run", "Expect", "Pitfall", "Go on"):
+            assert f"**{heading}" in text, f"exercise {number}: {heading}"
+        assert "<summary>What to conclude</summary>" in text and not re.search(r"@[A-Z]+|TABLE-", text), number
+
+
+def test_the_tables_of_the_exercises_are_those_of_their_results():
+    """What `run.py NAME --seeds 3 --table` prints from the lines in the repository."""
+    found, page = run.results(ROOT / "exercises" / "results" / "runs.jsonl"), PAGES["exercises/README.md"]
+    for exercise, rows in run.EXERCISES.items():
+        assert run.table(exercise, list(rows), found, 3) in page, exercise
 
 
 def test_files_of_the_reading_order_are_about_as_long_as_the_readme_says():

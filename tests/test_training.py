@@ -248,6 +248,19 @@ def test_the_weights_in_assets_draw_digits_without_any_flag(call, tmp_path):
     call(sample, "--ratio", Path(sample.DIGITS).with_name("digits-ratio.pt"), "--candidates", "2", "--out", tmp_path / "x.png")
 
 
+def test_the_weights_in_assets_draw_garments(call, tmp_path):
+    """As bright and as varied as Fashion-MNIST (mean 72.9, standard deviation 90.0), on black, and no two alike."""
+    assets = Path(sample.DIGITS).parent
+    call(sample, "--network", assets / "fashion-mnist.pt", "--n", "200", "--out", tmp_path / "garments.npz")
+    images = np.load(tmp_path / "garments.npz")["arr_0"]
+    assert images.shape == (200, 28, 28, 1) and abs(images.mean() - 72.9) < 10 and abs(images.std() - 90.0) < 10
+    assert np.mean(images[:, [0, -1]][:, :, [0, -1]] < 40) > 0.9
+    x = torch.tensor(images.reshape(200, -1)).float()
+    assert (torch.cdist(x, x) + 1e9 * torch.eye(200)).min() > 10 * 28  # ten grey levels in every pixel
+    more = ["--ratio", assets / "fashion-mnist-ratio.pt", "--candidates", "2", "--n", "4"]
+    call(sample, "--network", assets / "fashion-mnist.pt", *more, "--out", tmp_path / "x.png")
+
+
 def test_one_step_from_stage_1_is_the_generator_that_stage_2_starts_from(call, refused, stage1, tmp_path):
     call(sample, "--network", stage1 / "network.pt", "--one-step", "1.5", "--n", "4", "--out", tmp_path / "a.npz")
     net = checkpoints.load_network(stage1 / "network.pt")
@@ -332,6 +345,12 @@ def test_divergence_of_the_loss_leaves_the_last_checkpoint(call, refused, tmp_pa
     saved = (tmp_path / "checkpoint.pt").read_bytes()
     assert "diverged" in refused(pretrain, *args)
     assert (tmp_path / "checkpoint.pt").read_bytes() == saved
+
+
+def test_momentum_and_dropout_are_fractions(refused):
+    for script, flag in ((train_diffratio, "--beta1"), (train_diffratio, "--beta2"), (pretrain, "--beta2"), (pretrain, "--dropout")):
+        for value in ("1", "-0.3", "much"):
+            assert f"{flag}: invalid number in [0, 1)" in refused(script, flag, value)
 
 
 def test_data_that_does_not_fit(refused, stage1, tmp_path):
