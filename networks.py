@@ -193,6 +193,8 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps)
 
     def forward(self, x):
+        if self.weight.requires_grad and not x.requires_grad:
+            x = x.contiguous()  # behind a frozen encoder, PyTorch 2.13 on the CPU ends in a crash with channels-last
         with own_precision(x):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 

@@ -59,8 +59,7 @@ CHANGES = {
     ]),
     # Exercise 8: the encoder stays as stage 1 left it, and only the head is trained.
     "frozen-encoder": ("train_diffratio.py", [(
-        "        ratio.requires_grad_(True)\n",
-        "        ratio.requires_grad_(True)\n        ratio.encoder.requires_grad_(False)\n")]),
+        "        ratio.requires_grad_(True)\n", "        ratio.requires_grad_(False).head.requires_grad_(True)\n")]),
 }  # fmt: skip
 
 

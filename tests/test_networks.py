@@ -219,3 +219,13 @@ def test_a_damaged_network_file_is_refused(tmp_path):
 def test_impossible_sizes_are_named(changes, message):
     with pytest.raises(UserError, match=message):
         Config(**{**SMALL, **changes})
+
+
+def test_a_norm_behind_a_frozen_encoder_trains():
+    """Channels-last, as networks are placed on the CPU: there PyTorch crashes if a norm's input needs no gradient."""
+    ratio = networks.place(networks.RatioNetwork(networks.NETWORKS["digits"]), torch.device("cpu"))
+    ratio.encoder.requires_grad_(False)
+    torch.nn.init.ones_(ratio.head.weight)
+    x = torch.randn(4, 1, 8, 8)
+    ratio(x, torch.ones(4)).sum().backward()
+    assert ratio.norm.weight.grad.abs().sum() > 0 and all(p.grad is None for p in ratio.encoder.parameters())
