@@ -270,7 +270,7 @@ def main():
         factor = learning_rate_factor(args, run.nimg)
 
         # Ratio step (or several): tell noised data from noised samples of the present generator. It comes first: a ratio
-        # that is a step behind the generator that follows it made the digits 2 to 3 times worse (exercises/README.md, 5).
+        # that is a step behind the generator that follows it left the digits twice as far away (exercises/README.md, 5).
         ratio.requires_grad_(True)
         for step in range(args.ratio_steps):
             draw = runtime.Draw(rt, args.batch, args.seed, run.nimg, step, "stage 2")
