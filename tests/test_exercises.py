@@ -26,7 +26,7 @@ import train_diffratio  # noqa: E402
 from files import UserError  # noqa: E402
 from test_method import F_OF_U  # noqa: E402
 
-SHORT = "--kimg 0.064 --batch 32 --device cpu --ema-halflife-kimg 1".split()  # two steps
+SHORT = "--kimg 0.064 --batch 32 --device cpu".split()  # two steps
 ROWS = {run.run_name(*run.row_of(exercise, name)): (exercise, name) for exercise, rows in run.EXERCISES.items() for name in rows}
 
 
