@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -164,7 +165,9 @@ def call(command):
     while process.poll() is None:
         with contextlib.suppress(KeyboardInterrupt):  # the script has had it too, and stops with a checkpoint
             process.wait()
-    if code := process.returncode:
+    if (code := process.returncode) < 0:  # a crash, or killed: the script itself had no time to say so
+        print(f"run.py: {command[1]} was ended by signal {-code} ({signal.strsignal(-code)})", file=sys.stderr)
+    if code:
         sys.exit(code if code > 0 else 128 - code)
 
 

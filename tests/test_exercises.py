@@ -172,6 +172,14 @@ def test_run_refuses_what_it_does_not_know(refused, monkeypatch, tmp_path):
     assert "make demo" in refused(run, "order", "--results", tmp_path / "none.jsonl")
 
 
+def test_a_script_that_is_killed_is_named(capsys, tmp_path):
+    """It cannot say anything itself; its exit code is that of a shell, 128 + the signal's number."""
+    (tmp_path / "crash.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(SystemExit) as stop:
+        run.call([sys.executable, str(tmp_path / "crash.py")])
+    assert stop.value.code == 137 and "crash.py was ended by signal 9" in capsys.readouterr().err
+
+
 def test_the_classifier_tells_digits_and_is_kept(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFRATIO_CACHE", str(tmp_path))
     first = data.Dataset("first", digits.images[:1500], digits.labels[:1500])
