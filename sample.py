@@ -10,6 +10,7 @@ Writes a PNG grid (`--out grid.png`), a folder of PNGs (`--out folder`) or a bat
     python sample.py --network runs/cifar10/dijs/network.pt --n 50000 --out samples.npz
     python sample.py --network runs/digits/dijs/network.pt --ratio runs/digits/dijs/ratio.pt --candidates 4
     python sample.py --network edm-imagenet-64x64-cond-adm.pkl --n 64 --class 207 --out dogs.png
+    python sample.py --network assets/fashion-mnist-cond.pt --n 100 --class each --out garments.png    a column per class
 """
 
 import math
@@ -76,15 +77,17 @@ def inputs(config, indices, seed, device, label=None, candidate=0):
     """(z [n, C, H, W] standard normal, labels [n] or None) of the images with these indices.
 
     Each image has random numbers of its own, drawn on the CPU, so that image i of a seed is the same in any batch and
-    on any device. `label` fixes the class; otherwise it is uniformly random. `candidate` numbers further draws of the
-    same image (and class).
+    on any device. `label` fixes the class, or, if "each", takes the classes in turn; otherwise it is uniformly random.
+    `candidate` numbers further draws of the same image (and class).
     """
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
     z = torch.stack([torch.randn(shape, generator=runtime.rng("cpu", seed, i, candidate, "z")) for i in indices])
     if not config.label_dim:
         return z.to(device), None
-    labels = [runtime.rng("cpu", seed, i, "class") if label is None else label for i in indices]
-    labels = [torch.randint(config.label_dim, [], generator=y).item() if label is None else y for y in labels]
+    if label is None:
+        labels = [torch.randint(config.label_dim, [], generator=runtime.rng("cpu", seed, i, "class")).item() for i in indices]
+    else:
+        labels = [i % config.label_dim if label == "each" else label for i in indices]
     return z.to(device), torch.tensor(labels, device=device)
 
 
@@ -163,6 +166,14 @@ def latent_decoder(device, vae):
     return decode
 
 
+def class_number(text):
+    """An argparse type: "each", or the number of a class."""
+    return text if text == "each" else int(text)
+
+
+class_number.__name__ = 'class number or "each"'  # in argparse's message
+
+
 def arguments():
     parser = runtime.Parser(__doc__)
     add = parser.add_argument
@@ -172,7 +183,7 @@ def arguments():
     add("--out", default="samples.png", metavar="PATH", help="a .png (grid), a .npz (batch) or a new folder (PNG files)")
     add("--steps", type=runtime.positive(int), default=18, metavar="N", help="Heun steps, for stage-1 networks")
     add("--one-step", type=runtime.positive(float), metavar="T", help="one step from a stage-1 network, at noise level T")
-    add("--class", dest="label", type=int, metavar="C", help="class of all images (default: uniformly random)")
+    add("--class", dest="label", type=class_number, metavar="C|each", help="class of all images, or each in turn (default: random)")
     add("--batch", type=runtime.positive(int), default=64, metavar="N", help="images at once; changes the memory only")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is any")
     add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="fp32", help="of the network's arithmetic")
@@ -195,7 +206,7 @@ def main():
         role, net.about = "generator", {"role": "generator", "t_init": args.one_step}
     if role == "ratio":
         raise UserError(f"{args.network} is a ratio network and makes no images; give the network.pt beside it")
-    if args.label is not None and args.label not in range(config.label_dim):
+    if args.label is not None and args.label not in (("each", *range(config.label_dim)) if config.label_dim else ()):
         known = f"classes 0 to {config.label_dim - 1}" if config.label_dim else "no classes"
         raise UserError(f"--class {args.label}: {args.network} has {known}")
     if (args.candidates > 1) != bool(args.ratio):

@@ -97,6 +97,8 @@ class Measures:
         if self.floor is not None:
             row = self(self.floor)
             row["nearest"] = self.nearest(self.reference.images).median().item()  # of images that are new for certain
+            found = classifier.predict(self.classifier, self.reference.images)
+            row["accuracy"] = float((found == self.reference.labels).mean())
             return {"data: training against test images": row}
         a, b = fid.split_half(len(self.train))
         row = self(self.train.images[a], held={view: self.features(view, self.train.images[b]) for view in self.views})

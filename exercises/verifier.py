@@ -6,9 +6,9 @@ choose from them: the ratio network that training left, others trained on agains
 choice (h = 0) with the same random numbers. Each seed splits the data: 80 % to train on, a tenth to decide when to stop and
 the temperature, a tenth to judge (of Fashion-MNIST the test set judges). The generator of the digits has seen all of them.
 
-    python exercises/verifier.py --seeds 3                         the digits, with the networks of assets/
+    python exercises/verifier.py --seeds 3                         the digits, with the networks of assets/ and runs/digits/pretrain
     python exercises/verifier.py --network "my-runs/{seed}/network.pt" --ratio "my-runs/{seed}/ratio.pt" --results mine.jsonl
-    python exercises/verifier.py --data fashion-mnist --seeds 3 --network assets/fashion-mnist.pt --ratio assets/fashion-mnist-ratio.pt
+    python exercises/verifier.py --data fashion-mnist --seeds 3
 
 Adds a line of JSON per choice to --results. A recipe that has its lines there is not measured again; if all have, only the
 table is printed. The ratio networks go to runs/exercises/verifier/DATA-SEED, for `sample.py --ratio`.
@@ -45,10 +45,12 @@ from files import UserError  # noqa: E402
 CANDIDATES = (1, 2, 4, 8, 16)
 CHECKED = 4  # K for which KID, precision and recall are taken too
 SIGMAS = (0.1, 0.2, 0.5, 1.0)  # noise levels at which the ratio is read
-DATA = {  # images that are measured; of training on: samples to learn from, steps; images over which averages forget a half
-    "digits": dict(samples=1797, pool=8192, steps=600, halflife=5000),
-    "fashion-mnist": dict(samples=2000, pool=20_000, steps=1500, halflife=20_000),
-}
+DATA = {  # images that are measured; of training on: samples to learn from, steps; images over which averages forget a half;
+    # the stage-1 network of the second view
+    "digits": dict(samples=1797, pool=8192, steps=600, halflife=5000, pretrained="runs/digits/pretrain/network.pt"),
+    "fashion-mnist": dict(samples=2000, pool=20_000, steps=1500, halflife=20_000,
+                          pretrained=str(ROOT / "assets" / "fashion-mnist-stage1.pt")),
+}  # fmt: skip
 BATCH, LR = 128, 3e-4  # of training on
 CHECKS, CHECK_IMAGES = 20, 1000  # how often the loss on the tenth for stopping is taken, and of how many noised images a side
 PENALTY = 1.0  # weight of R1, |sigma grad h|^2 on noised data: how much h changes over one standard deviation of the noise
@@ -300,9 +302,9 @@ def main():
     parser = runtime.Parser(__doc__)
     add = parser.add_argument
     add("--data", choices=list(DATA), default="digits", help="what the generator was trained on")
-    add("--network", default=sample.DIGITS, metavar="PATH", help="the generator; {seed} in it is replaced")
-    add("--ratio", default=str(ROOT / "assets" / "digits-ratio.pt"), metavar="PATH", help="its ratio network, in the same way")
-    add("--pretrained", metavar="PATH", help="stage-1 network of the second view (default: runs/DATA/pretrain/network.pt)")
+    add("--network", default=str(ROOT / "assets" / "{data}.pt"), metavar="PATH", help="the generator; {data} and {seed} are replaced")
+    add("--ratio", default=str(ROOT / "assets" / "{data}-ratio.pt"), metavar="PATH", help="its ratio network, in the same way")
+    add("--pretrained", metavar="PATH", help="stage-1 network of the second view (default: that of `make demo`, or of assets/)")
     add("--seeds", type=runtime.positive(int), default=1, metavar="N", help="how many")
     add("--first-seed", type=int, default=0, metavar="S", help="the first of them; new seeds confirm what others suggest")
     for name in ("samples", "pool", "steps"):
@@ -310,9 +312,9 @@ def main():
     add("--outdir", default="runs/exercises/verifier", metavar="DIR", help="for the ratio networks")
     add("--results", default=str(ROOT / "exercises" / "results" / "verifier.jsonl"), metavar="PATH", help="JSON lines to add to")
     args = parser.parse_args()
-    args.pretrained = args.pretrained or f"runs/{args.data}/pretrain/network.pt"
-    for name in ("samples", "pool", "steps"):
+    for name in ("samples", "pool", "steps", "pretrained"):
         setattr(args, name, getattr(args, name) or DATA[args.data][name])
+    args.network, args.ratio = (path.replace("{data}", args.data) for path in (args.network, args.ratio))
     path, seeds = Path(args.results), range(args.first_seed, args.first_seed + args.seeds)
 
     def measured():

@@ -191,3 +191,16 @@ def test_verifier_measures_and_continues(call, tiny, tmp_path, monkeypatch, caps
     call(verifier, *args)
     assert (tmp_path / "r.jsonl").read_text() == text
     assert "| all together | 0.5 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
+def test_the_verifier_finds_its_networks_in_assets(call, tmp_path, monkeypatch, name):
+    """With no flag but --data; of Fashion-MNIST the stage-1 network too, so that nothing must be trained first."""
+    seen = []
+    monkeypatch.setattr(verifier, "sweep", lambda args, seed, done: seen.append(args) or ())
+    monkeypatch.setattr(verifier, "table", lambda rows: "")
+    call(verifier, "--data", name, "--results", tmp_path / "r.jsonl")
+    roles = {"network": "generator", "ratio": "ratio"} | ({"pretrained": "denoiser"} if name == "fashion-mnist" else {})
+    for key, role in roles.items():
+        net = verifier.checkpoints.load_network(getattr(seen[0], key), role=role)
+        assert net.about["data"] == name and not net.config.label_dim

@@ -280,7 +280,7 @@ def test_all_outputs_hold_the_same_images(call, stage1, tmp_path):
     assert (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_classes_are_fixed_or_uniform(call, tmp_path):
+def test_classes_are_fixed_in_turn_or_uniform(call, refused, stage1, tmp_path):
     config = networks.Config(img_resolution=8, img_channels=1, label_dim=10, model_channels=32, channel_mult=(1,), num_blocks=1, attn_resolutions=())
     checkpoints.save_network(tmp_path / "n.pt", networks.Denoiser(config), role="generator", t_init=2.5)
     call(sample, "--network", tmp_path / "n.pt", "--n", "300", "--out", tmp_path / "any.npz")
@@ -288,6 +288,11 @@ def test_classes_are_fixed_or_uniform(call, tmp_path):
     assert counts.min() > 10 and len(counts) == 10
     call(sample, "--network", tmp_path / "n.pt", "--n", "5", "--class", "7", "--out", tmp_path / "seven.npz")
     assert np.load(tmp_path / "seven.npz")["arr_1"].tolist() == [7] * 5
+    call(sample, "--network", tmp_path / "n.pt", "--n", "13", "--batch", "4", "--class", "each", "--out", tmp_path / "each.npz")
+    assert np.load(tmp_path / "each.npz")["arr_1"].tolist() == [*range(10), 0, 1, 2]
+    for wrong in ("10", "-1"):
+        assert "classes 0 to 9" in refused(sample, "--network", tmp_path / "n.pt", "--class", wrong, "--out", tmp_path / "x.png")
+    assert "no classes" in refused(sample, "--network", stage1 / "network.pt", "--class", "each", "--out", tmp_path / "x.png")
 
 
 def test_latents_are_written_where_diffusers_is_missing(call, refused, tmp_path, monkeypatch, capsys):
