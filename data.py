@@ -260,7 +260,7 @@ def load(spec, cache=None, resolution=None):
 def _fetch(name, cache):
     """Where the data set `name` is, after its files were downloaded if they are missing."""
     url, hashes = DOWNLOADS[name]
-    if name == "fashion-mnist" and FASHION_MNIST.is_dir():
+    if name == "fashion-mnist" and all((FASHION_MNIST / file).exists() for file in hashes):
         return FASHION_MNIST
     folder = cache / name if len(hashes) > 1 else cache
     for file, md5 in hashes.items():

@@ -419,15 +419,22 @@ class InceptionScore:
         return scores.mean().item(), scores.std(unbiased=False).item()
 
 
-class Rows:
-    """The features of PAIRS_LIMIT of n images, or of all if they are fewer: a random choice that depends on n alone.
+def random_choice(n, limit):
+    """Sorted indices [min(n, limit)] of `limit` of n images: a random choice that depends on n alone.
 
-    Not the first ones: many sets are sorted by class. start: position among the n images of the first that this rank adds.
+    Not the first ones: many sets are sorted by class.
+    """
+    return torch.randperm(n, generator=runtime.rng("cpu", "pairs"))[:limit].sort().values
+
+
+class Rows:
+    """The features of PAIRS_LIMIT of n images, or of all if they are fewer (`random_choice`).
+
+    start: position among the n images of the first that this rank adds.
     """
 
     def __init__(self, n, start, dim, device="cpu"):
-        order = torch.randperm(n, generator=runtime.rng("cpu", "pairs"))
-        self.position, self.chosen = start, order[:PAIRS_LIMIT].sort().values
+        self.position, self.chosen = start, random_choice(n, PAIRS_LIMIT)
         self.rows = torch.zeros(len(self.chosen), dim, device=device)
 
     def add(self, features):

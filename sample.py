@@ -98,12 +98,28 @@ def in_batches(net, indices, seed, device, batch, label=None, steps=18):
         yield generate(net, z, labels, steps), labels
 
 
+def pick(h, indices, seed, best=False):
+    """From log ratios h [n, K] of K candidates of each image: the candidate that is kept [n], and the effective sample size [n].
+
+    Candidate k is kept with probability proportional to exp(h_k), or, with `best`, if h_k is the largest. The chance is a
+    function of the seed and the image's index.
+    """
+    weights = h.softmax(dim=1)
+    if best:
+        kept = h.argmax(dim=1)
+    else:
+        draws = [w.multinomial(1, generator=runtime.rng("cpu", seed, i, "choice")) for i, w in zip(indices, weights.cpu())]
+        kept = torch.cat(draws).to(h.device)
+    return kept, 1 / weights.square().sum(dim=1)
+
+
 @torch.no_grad()
 def choose(net, ratio, indices, seed, device, candidates, sigma, label=None, best=False):
     """Inference-time scaling: per image draw several candidates in parallel, keep one by the ratio (arXiv 2502.08005, v5).
 
     Candidate k is kept with probability proportional to exp(h_k), the estimated ratio of data to generator density at
-    noise level sigma (importance resampling), or, with `best`, if h_k is the largest (the mode-seeking limit).
+    noise level sigma (importance resampling), or, with `best`, if h_k is the largest (the mode-seeking limit). What is
+    told apart under noise is corrected only as far as the noise leaves it visible: METHOD.md, section 5.
     Returns images [n, C, H, W], labels [n] or None, and the effective sample size [n] (1 to `candidates`) of the weights.
     """
     images, logits = [], []
@@ -112,15 +128,8 @@ def choose(net, ratio, indices, seed, device, candidates, sigma, label=None, bes
         images.append(generate(net, z, labels))
         eps, _ = inputs(net.config, indices, seed, device, candidate=-1 - k)
         logits.append(ratio(images[-1] + sigma * eps, torch.full((len(z),), sigma, device=device), labels))
-    h = torch.stack(logits, dim=1)  # [n, candidates]
-    weights = h.softmax(dim=1)
-    if best:
-        chosen = h.argmax(dim=1)
-    else:
-        chosen = torch.cat([w.cpu().multinomial(1, generator=runtime.rng("cpu", seed, i, "choice"))
-                            for i, w in zip(indices, weights)]).to(device)  # fmt: skip
-    images = torch.stack(images, dim=1)[torch.arange(len(h), device=device), chosen]
-    return images, labels, 1 / weights.square().sum(dim=1)
+    chosen, size = pick(torch.stack(logits, dim=1), indices, seed, best)
+    return torch.stack(images, dim=1)[torch.arange(len(chosen), device=device), chosen], labels, size
 
 
 def preview(net, path, seed, rt, trained):
@@ -164,6 +173,14 @@ def latent_decoder(device, vae):
         return np.concatenate([data.to_uint8(2 * model.decode(part).sample - 1) for part in parts])
 
     return decode
+
+
+def load_ratio(path, net, network):
+    """The ratio network of a file, if it is for the images and classes of `net`, the generator of the file `network`."""
+    ratio = checkpoints.load_network(path, role="ratio")
+    if any(getattr(ratio.config, key) != getattr(net.config, key) for key in ("img_resolution", "img_channels", "label_dim")):
+        raise UserError(f"{path} was not trained with {network}; give the ratio.pt beside it")
+    return ratio
 
 
 def class_number(text):
@@ -212,10 +229,7 @@ def main():
     if (args.candidates > 1) != bool(args.ratio):
         raise UserError("--candidates and --ratio go together: give the ratio.pt of the generator's folder and K > 1")
     networks.place(net, rt.device)
-    ratio = networks.place(checkpoints.load_network(args.ratio, role="ratio"), rt.device) if args.ratio else None
-    same = ("img_resolution", "img_channels", "label_dim")
-    if ratio and any(getattr(ratio.config, key) != getattr(config, key) for key in same):
-        raise UserError(f"{args.ratio} was not trained with {args.network}; give the ratio.pt beside it")
+    ratio = networks.place(load_ratio(args.ratio, net, args.network), rt.device) if args.ratio else None
     print(f"{args.network}: {'one step' if role == 'generator' else f'Heun, {args.steps} steps'}, {args.n} images")
 
     decode = data.to_uint8
@@ -245,7 +259,8 @@ def main():
     with rt.autocast():
         if args.out.endswith(".png"):
             images = np.concatenate([images for images, _ in batches])
-            data.save_grid(images, args.out, columns=math.ceil(args.n**0.5), scale=max(1, 32 // images.shape[1]))
+            columns = config.label_dim if args.label == "each" and config.label_dim <= 20 else math.ceil(args.n**0.5)
+            data.save_grid(images, args.out, columns=columns, scale=max(1, 32 // images.shape[1]))
         else:
             data.write_images(batches, args.out, args.n)
     if sizes:

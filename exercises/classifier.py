@@ -23,7 +23,7 @@ import fid  # noqa: E402
 import files  # noqa: E402
 import runtime  # noqa: E402
 
-VERSION = 1  # of what follows: whoever changes the network or its training changes it, and the cached weights are left
+VERSION = 2  # of what follows: whoever changes the network or its training changes it, and the cached weights are left
 
 
 class Classifier(nn.Module):
@@ -68,7 +68,8 @@ def load(dataset, images=None):
     if not dataset.label_dim:
         raise files.UserError(f"{dataset.name}: has no labels, and a classifier needs them")
     images = images or max(100_000, 4 * len(dataset))
-    key = hashlib.sha256(f"{VERSION} {images} {dataset.fingerprint()}".encode()).hexdigest()[:16]
+    labels = hashlib.sha256(dataset.labels.tobytes()).hexdigest()
+    key = hashlib.sha256(f"{VERSION} {images} {dataset.fingerprint()} {labels}".encode()).hexdigest()[:16]
     path = files.cache_dir() / "classifiers" / f"{key}.pt"
     if not path.exists():
         files.save_checkpoint({"kind": "classifier", "state": train(dataset, images).state_dict()}, path)
@@ -85,15 +86,16 @@ def predict(net, images):
     return torch.cat([net(part / 127.5 - 1).argmax(dim=1) for part in x.split(500)]).numpy()
 
 
-def extractor(net, name):
-    """The features of a classifier for the distances of fid.py."""
+def extractor(net, dataset):
+    """The features of the classifier of `dataset` for the distances of fid.py."""
     weights = b"".join(p.numpy().tobytes() for p in net.parameters())
 
     def function(images):
         return net.features(images.permute(0, 3, 1, 2) / 127.5 - 1), None
 
     tag = f"classifier sha256:{hashlib.sha256(weights).hexdigest()[:16]}"
-    return fid.Extractor(f"the classifier of {name}", tag, net.hidden.out_features, None, torch.device("cpu"), function)
+    shape = dataset.images.shape[1:]
+    return fid.Extractor(f"the classifier of {dataset.name}", tag, net.hidden.out_features, shape, torch.device("cpu"), function)
 
 
 def main():

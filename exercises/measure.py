@@ -1,11 +1,12 @@
 """All measures of a set of samples, against images that were held out where there are such.
 
 For each file of samples (`sample.py --out samples.npz`): Fréchet distance (FD), KID, precision and recall, each in the
-features of a stage-1 network and in those of a classifier of the labels; the distance to the nearest training image, which
-tells memory; the share of each class; with labels in the file, how often a sample is of its class.
+features of a stage-1 network and in those of a classifier of the labels; the distance to the nearest training image: its
+median, and what 99 % of the images keep, which falls if a few are copies; the share of each class; with labels in the file,
+how often a sample is of its class.
 
 The reference is the test set of Fashion-MNIST or CIFAR-10. The digits have none: there it is the data itself. The first
-row says what to compare with: the data against the reference, which no generator can beat but by memory.
+row says what to compare with: the data against the reference. A distance is larger with fewer images, so mind their number.
 
     python exercises/measure.py digits --pretrained runs/digits/pretrain/network.pt "one step=digits.npz"
     python exercises/measure.py fashion-mnist --pretrained runs/fashion-mnist/pretrain/network.pt \\
@@ -14,6 +15,7 @@ row says what to compare with: the data against the reference, which no generato
 Rows of one name are seeds of one setting: the table shows their mean and standard deviation.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -27,14 +29,20 @@ import data  # noqa: E402
 import fid  # noqa: E402
 import runtime  # noqa: E402
 
-LIMIT = 10_000  # images a side: precision and recall take all pairs
+LIMIT = fid.PAIRS_LIMIT  # images a side, of more a random choice: precision and recall take all pairs
 NEAREST = 2000  # images whose nearest neighbour among all training images is looked for
+
+
+def chosen(images, limit=LIMIT):
+    """At most `limit` of an array of images (or of labels): a random choice that depends on their number alone."""
+    return images if len(images) <= limit else images[fid.random_choice(len(images), limit).numpy()]
 
 
 class Measures:
     """The measures of samples of one data set. `measures(images)` is a dict of numbers.
 
     pretrained: path of the stage-1 network whose features are the second view, or None to leave them out.
+    Raises `UserError` if that network is for other images.
     """
 
     def __init__(self, name, pretrained=None):
@@ -43,13 +51,18 @@ class Measures:
         has_test = name in ("fashion-mnist", "cifar10")
         self.reference = data.load(f"{name}:test") if has_test else self.train
         self.classifier = classifier.load(self.train)
-        self.views = {"classifier": classifier.extractor(self.classifier, name)}
+        self.views = {"classifier": classifier.extractor(self.classifier, self.train)}
         if pretrained:
             self.views["stage1"] = fid.network_features(self.rt, str(pretrained))
+        self.check(self.train)
         self.known = torch.from_numpy(self.train.images.reshape(len(self.train), -1).astype(np.float32))
-        self.held = {view: self.features(view, self.reference.images[:LIMIT]) for view in self.views}
-        # Training images to stand beside the samples: as many as there are references; of the digits a half for each side.
-        self.floor = self.train.images[: len(self.reference)] if has_test else None
+        self.held = {view: self.features(view, chosen(self.reference.images)) for view in self.views}
+        self.has_test = has_test
+
+    def check(self, dataset):
+        """Raise `UserError` unless the images of `dataset` are of the kind that is measured here."""
+        for view in self.views.values():
+            fid.check_images(view, dataset)
 
     def features(self, view, images):
         """Features [n, d] of images uint8 [n, H, W, C], in the eyes of `view`: "classifier" or "stage1"."""
@@ -67,7 +80,7 @@ class Measures:
         return fid.frechet_distance(*sides)
 
     def nearest(self, images, skip_self=False):
-        """Root mean square difference in grey levels to the nearest training image, [n], of at most `NEAREST` images."""
+        """Root mean square difference in grey levels to the nearest training image, [n], of the first `NEAREST` images."""
         x = torch.from_numpy(images[:NEAREST].reshape(min(len(images), NEAREST), -1).astype(np.float32))
         k = 2 if skip_self else 1
         found = [torch.cdist(part, self.known).topk(k, largest=False).values[:, -1] for part in x.split(250)]
@@ -78,32 +91,39 @@ class Measures:
 
         held: {view: features} to compare with instead of those of the reference.
         """
-        images, result = images[:LIMIT], {"images": len(images[:LIMIT])}
+        images, labels = chosen(images), labels if labels is None else chosen(labels)
+        result = {"images": len(images)}
         for view in self.views:
             ours, theirs = self.features(view, images), (held or self.held)[view]
             result[f"fd_{view}"] = self.distance(view, ours, theirs)
             result[f"kid_{view}"], result[f"kid_std_{view}"] = fid.kernel_distance(theirs, ours)
             result[f"precision_{view}"], result[f"recall_{view}"] = fid.precision_recall(theirs, ours)
-        result["nearest"] = self.nearest(images).median().item()
+        result |= self.memory(images)
         found = classifier.predict(self.classifier, images)
         shares = np.bincount(found, minlength=self.train.label_dim) / len(found)
         result["shares"] = [round(share, 4) for share in shares.tolist()]
         if labels is not None:
-            result["accuracy"] = float((found == labels[: len(found)]).mean())
+            result["accuracy"] = float((found == labels).mean())
         return result
 
+    def memory(self, images, skip_self=False):
+        """{"nearest": median distance to the nearest training image, "nearest_low": distance that 99 % of the images keep}."""
+        found = self.nearest(chosen(images, NEAREST), skip_self)
+        return {"nearest": found.median().item(), "nearest_low": found.quantile(0.01).item()}
+
     def floors(self):
-        """{name: measures} of the data itself: what new images of the same kind would show."""
-        if self.floor is not None:
-            row = self(self.floor)
-            row["nearest"] = self.nearest(self.reference.images).median().item()  # of images that are new for certain
+        """{name: measures} of the data itself: what new images of the same kind would show.
+
+        Where there is a test set, distances to the nearest training image and accuracy are those of the test images.
+        """
+        if self.has_test:
+            row = self(chosen(self.train.images, len(self.reference)))
             found = classifier.predict(self.classifier, self.reference.images)
             row["accuracy"] = float((found == self.reference.labels).mean())
-            return {"data: training against test images": row}
-        a, b = fid.split_half(len(self.train))
-        row = self(self.train.images[a], held={view: self.features(view, self.train.images[b]) for view in self.views})
-        row["nearest"] = self.nearest(self.train.images[a], skip_self=True).median().item()
-        return {"data: one half against the other": row}
+            return {"data: training against test images": row | self.memory(self.reference.images)}
+        a, b = (chosen(self.train.images[half]) for half in fid.split_half(len(self.train)))
+        row = self(a, held={view: self.features(view, b) for view in self.views})
+        return {"data: one half against the other": row | self.memory(a, skip_self=True)}
 
 
 COLUMNS = {  # heading: (value in a row's measures, format)
@@ -116,9 +136,10 @@ COLUMNS = {  # heading: (value in a row's measures, format)
     "precision, stage 1": (lambda r: r.get("precision_stage1"), "{:.2f}"),
     "recall, stage 1": (lambda r: r.get("recall_stage1"), "{:.2f}"),
     "nearest": (lambda r: r["nearest"], "{:.1f}"),
+    "nearest, lowest 1 %": (lambda r: r.get("nearest_low"), "{:.1f}"),
     "rarest class, %": (lambda r: 100 * min(r["shares"]), "{:.1f}"),
     "most frequent, %": (lambda r: 100 * max(r["shares"]), "{:.1f}"),
-    "class asked for, %": (lambda r: 100 * r["accuracy"] if "accuracy" in r else None, "{:.1f}"),
+    "class asked for, %": (lambda r: 100 * r["accuracy"] if "accuracy" in r else None, "{:.1f}"),  # of data: its label
 }
 
 
@@ -141,7 +162,7 @@ def main():
     parser.add_argument("data", metavar="NAME", help="digits, fashion-mnist, cifar10 or another labelled data set")
     parser.add_argument("samples", nargs="*", metavar="NAME=FILE", help="a row's name and its samples")
     parser.add_argument("--pretrained", metavar="PATH", help="stage-1 network whose features to use as well")
-    parser.add_argument("--json", metavar="PATH", help="append a line of JSON per file to this file")
+    parser.add_argument("--json", metavar="PATH", help="append a line of JSON to this file for the data and for each file of samples")
     parser.add_argument("--picture", metavar="PATH", help="draw 64 images of the data and of the first file of each row")
     args = parser.parse_intermixed_args()  # files may stand behind the flags
     for text in args.samples:
@@ -150,13 +171,17 @@ def main():
     if args.data.endswith(":test"):
         parser.error(f"{args.data}: give the name of the data set; its test images are found by themselves")
     measures = Measures(args.data, args.pretrained)
+    samples = [(name, data.load(path)) for name, path in (text.rsplit("=", 1) for text in args.samples)]
+    for _, dataset in samples:
+        measures.check(dataset)
     rows = {name: [row] for name, row in measures.floors().items()}
     shown = {"data": measures.reference.images}
-    for text in args.samples:
-        name, path = text.rsplit("=", 1)
-        dataset = data.load(path)
+    for name, dataset in samples:
         shown.setdefault(name, dataset.images)
         rows.setdefault(name, []).append(measures(dataset.images, dataset.labels))
+    if all(dataset.labels is None for _, dataset in samples):
+        for row in itertools.chain(*rows.values()):  # the data's accuracy stands beside that of samples only
+            row.pop("accuracy", None)
     print(table(rows))
     if args.picture:
         data.save_panels(shown.values(), args.picture)

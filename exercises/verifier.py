@@ -7,11 +7,12 @@ choice (h = 0) with the same random numbers. Each seed splits the data: 80 % to 
 the temperature, a tenth to judge (of Fashion-MNIST the test set judges). The generator of the digits has seen all of them.
 
     python exercises/verifier.py --seeds 3                         the digits, with the networks of assets/ and runs/digits/pretrain
-    python exercises/verifier.py --network "my-runs/{seed}/network.pt" --ratio "my-runs/{seed}/ratio.pt" --results mine.jsonl
+    python exercises/verifier.py --seeds 3 --network "my-runs/{seed}/network.pt" --ratio "my-runs/{seed}/ratio.pt" --results mine.jsonl
     python exercises/verifier.py --data fashion-mnist --seeds 3
 
-Adds a line of JSON per choice to --results. A recipe that has its lines there is not measured again; if all have, only the
-table is printed. The ratio networks go to runs/exercises/verifier/DATA-SEED, for `sample.py --ratio`.
+Adds a line of JSON per choice to --results. A recipe that has its lines there is not measured again; if all have, as in the
+repository, only the table is printed: --results mine.jsonl measures anew. The ratio networks go to
+runs/exercises/verifier/DATA-SEED, for `sample.py --ratio`.
 """
 
 import argparse
@@ -32,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
 import checkpoints  # noqa: E402
 import data  # noqa: E402
 import fid  # noqa: E402
+import files  # noqa: E402
 import measure  # noqa: E402
 import networks  # noqa: E402
 import runtime  # noqa: E402
@@ -90,16 +92,6 @@ def logits(ratio, images, sigma, seed, draws):
     return torch.stack([torch.stack([column(k, draw) for k in range(images.shape[1])], dim=1) for draw in range(draws)])
 
 
-def pick(h, seed, best=False):
-    """From h [n, K]: the number of the candidate that is kept, [n], and the effective sample size [n]; as `sample.choose`."""
-    weights = h.softmax(dim=1)
-    if best:
-        chosen = h.argmax(dim=1)
-    else:
-        chosen = torch.cat([w.multinomial(1, generator=runtime.rng("cpu", seed, i, "choice")) for i, w in enumerate(weights)])
-    return chosen, 1 / weights.square().sum(dim=1)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The ratio network, trained on against the frozen generator.
 
@@ -134,15 +126,26 @@ def train_on(ratio, train, stop, steps, halflife, settings, seed, penalty=0.0):
                 curve.append(value)
                 if name not in kept or value < kept[name][0]:
                     kept[name] = (value, copy.deepcopy(net))
-    print(f"trained on, penalty {penalty:g}: held-out loss (blind: 0.6931) in {CHECKS} checks, and of the averaged weights:")
+    print(f"trained on, penalty {penalty:g}: held-out loss (blind: 0.6931) at each check, and of the averaged weights:")
     print(*(" ".join(f"{value:.4f}" for value in curve[i::2]) for i in range(2)), sep="\n", flush=True)
     return {"last": ratio, "best": kept["best"][1], "average": kept["average"][1]}
+
+
+def settings_of(args, seed):
+    """{name: value} of what decides the lines of a seed; networks by the content of their files."""
+    result = {name: getattr(args, name) for name in ("samples", "pool", "steps")}
+    for name in ("network", "ratio"):
+        path = getattr(args, name).format(seed=seed)
+        with files.reading(path, "a network"):
+            result[name] = files.file_hash(path)[:16]
+    return result
 
 
 def ratio_networks(args, seed, ratio, train, stop):
     """{name: ratio network}; an earlier call has left them in the folder of this data and seed, or they are trained now."""
     folder, names = Path(args.outdir) / f"{args.data}-{seed}", ("last", "best", "average", "r1", "r1-average")
-    about = dict(data=args.data, seed=seed, network=args.network, ratio=args.ratio, steps=args.steps, pool=args.pool)
+    about = {"data": args.data, "seed": seed, **settings_of(args, seed)}
+    del about["samples"]  # they are judged, not learned from
     if (folder / f"{names[-1]}.pt").exists():  # the last that is written
         found = checkpoints.load_network(folder / f"{names[-1]}.pt", role="ratio").about
         if {key: found.get(key) for key in about} != about:
@@ -216,11 +219,14 @@ def worth(measures, features, nearest, held_out, more):
 
 def sweep(args, seed, done):
     """Yield the lines of each recipe that is not `done`: at each noise level, for each K, resampled and best."""
-    net, ratio = (checkpoints.load_network(path.format(seed=seed), role=role)
-                  for path, role in ((args.network, "generator"), (args.ratio, "ratio")))  # fmt: skip
+    path = args.network.format(seed=seed)
+    net = checkpoints.load_network(path, role="generator")
+    ratio = sample.load_ratio(args.ratio.format(seed=seed), net, path)
     if net.config.label_dim:
         raise UserError(f"{args.network}: conditional on classes; this exercise takes unconditional networks")
     dataset = data.load(args.data)
+    if (net.config.img_resolution, net.config.img_channels) != (dataset.resolution, dataset.channels):
+        raise UserError(f"{path}: a generator of other images than those of {args.data}; --data names what it was trained on")
     order = torch.randperm(len(dataset), generator=runtime.rng("cpu", seed, "split")).numpy()
     train, stop, judged = (order[len(order) * a // 10:len(order) * b // 10] for a, b in ((0, 8), (8, 9), (9, 10)))
     measures = measure.Measures(args.data, args.pretrained)
@@ -249,11 +255,11 @@ def sweep(args, seed, done):
         for sigma in SIGMAS if recipe not in done else ():
             h, h_stop, h_judged, h_fake = (each[:draws].mean(dim=0) for each in judged_by(name, sigma))
             factor = temperature(h_stop, h_fake) if fitted else 1.0
-            shared = {"data": args.data, "seed": seed, "recipe": recipe, "sigma": sigma, "factor": factor,
+            shared = {"data": args.data, **settings_of(args, seed), "seed": seed, "recipe": recipe, "sigma": sigma, "factor": factor,
                       **calibration(factor * h_judged, factor * h[:, 0])}  # fmt: skip
             lines.append({**shared, "k": 1, "best": False, "ess": 1.0, **plain})
             for k, best in itertools.product(CANDIDATES[1:], (False, True)):
-                chosen, size = pick(factor * h[:, :k], seed, best)
+                chosen, size = sample.pick(factor * h[:, :k], range(len(h)), seed, best)
                 kept = {view: each[rows, chosen] for view, each in features.items()}
                 near = nearest[rows[:len(nearest)], chosen[:len(nearest)]]
                 found = worth(measures, kept, near, held_out, more=k == CHECKED and not best)
@@ -315,11 +321,19 @@ def main():
     for name in ("samples", "pool", "steps", "pretrained"):
         setattr(args, name, getattr(args, name) or DATA[args.data][name])
     args.network, args.ratio = (path.replace("{data}", args.data) for path in (args.network, args.ratio))
+    if args.pool < 10 or args.samples < 4:
+        raise UserError("--pool and --samples: too few; a tenth of the one decides when to stop, and a covariance needs 4 of the other")
     path, seeds = Path(args.results), range(args.first_seed, args.first_seed + args.seeds)
+    wanted = {seed: settings_of(args, seed) for seed in seeds}
+    path.parent.mkdir(parents=True, exist_ok=True)
 
     def measured():
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [row for row in rows if row["data"] == args.data and row["seed"] in seeds]
+        with files.reading(path, "a file of results", "correct or remove it"):
+            rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            rows = [row for row in rows if row["data"] == args.data and row["seed"] in seeds]
+            if any(row.get(name) != value for row in rows for name, value in wanted[row["seed"]].items()):
+                raise UserError("holds lines of other networks or settings; give another --results")
+        return rows
 
     for seed in seeds:
         done = {row["recipe"] for row in measured() if row["seed"] == seed}

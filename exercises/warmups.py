@@ -204,7 +204,7 @@ class Distances:
         if not Path(stage1).exists():
             raise UserError(f"{stage1} is missing: run `make demo` first, or `python pretrain.py`, or give --pretrained PATH")
         self.rt, digits = runtime.Runtime(torch.device("cpu")), data.load("digits")
-        views = [classifier.extractor(classifier.load(digits), "digits"), fid.network_features(self.rt, str(stage1))]
+        views = [classifier.extractor(classifier.load(digits), digits), fid.network_features(self.rt, str(stage1))]
         self.views = dict(zip(("classifier", "stage 1"), views))
         self.reference = {name: fid.reference_statistics(view, digits, self.rt) for name, view in self.views.items()}
         self.net = checkpoints.load_network(str(stage1), role="denoiser").eval()

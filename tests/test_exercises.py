@@ -191,6 +191,8 @@ def test_the_classifier_tells_digits_and_is_kept(digits, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters()))
     with pytest.raises(UserError, match="needs them"):
         classifier.load(data.Dataset("bare", digits.images))
+    with pytest.raises(TypeError):  # other labels of the same images are another classifier
+        classifier.load(data.Dataset("corrected", first.images, (first.labels + 1) % 10), images=20_000)
 
 
 def test_measures_tell_good_from_bad_and_from_memory(measures, digits):
@@ -206,6 +208,32 @@ def test_measures_tell_good_from_bad_and_from_memory(measures, digits):
         assert good[f"kid_{view}"] < 0.1 * noise[f"kid_{view}"]
     assert copies["nearest"] == pytest.approx(0, abs=0.1) and 20 < good["nearest"] < noise["nearest"]
     assert max(copies["shares"]) == 1 and copies["accuracy"] in (0, 1) and max(good["shares"]) < 0.2
+
+
+def test_a_few_copies_show_in_the_nearest_percent(measures, digits):
+    """3 % of copies leave the median where it is."""
+    images = (digits.images[:300].astype(int) + np.random.default_rng(0).integers(-40, 41, (300, 8, 8, 1))).clip(0, 255).astype(np.uint8)
+    mixed = np.concatenate([images[9:], digits.images[300:309]])
+    new, copied = measures(images), measures(mixed)
+    assert copied["nearest"] > 0.95 * new["nearest"] and copied["nearest_low"] < 0.5 < 10 < new["nearest_low"]
+
+
+def test_of_large_sets_a_random_choice_is_measured(measures, digits, monkeypatch):
+    """A set that is sorted by class is not judged by its first classes."""
+    order = digits.labels.argsort(kind="stable")
+    monkeypatch.setattr(measure.chosen, "__defaults__", (500,))
+    found = measures(digits.images[order], digits.labels[order])
+    assert found["images"] == 500 and min(found["shares"]) > 0.05 and found["accuracy"] > 0.8
+    assert np.array_equal(measure.chosen(digits.images, 5000), digits.images)
+
+
+def test_measure_refuses_other_images_before_it_measures(call, refused, measures, monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "Measures", lambda *_: measures)
+    monkeypatch.setattr(measures, "floors", None)  # to measure would fail
+    for name, shape in (("large", (4, 28, 28, 1)), ("colour", (4, 8, 8, 3)), ("one", (1, 8, 8, 1))):
+        np.savez(tmp_path / f"{name}.npz", arr_0=np.zeros(shape, np.uint8))
+        assert f"{name}.npz" in refused(measure, "digits", f"x={tmp_path}/{name}.npz")
+    assert "no such file" in refused(measure, "digits", f"x={tmp_path}/none.npz")
 
 
 def test_the_nearest_training_image_is_by_root_mean_square(measures, digits):
@@ -227,6 +255,22 @@ def test_measure_command(call, capsys, measures, monkeypatch, tmp_path, digits):
     with Image.open(picture) as image:  # two panels of 8 x 8 images of 8 x 8, and a column of white images
         assert image.size == (17 * 9 + 1, 8 * 9 + 1)
     assert [line["row"] for line in lines] == ["data: one half against the other", "mine", "mine"]
+    assert "class asked for" not in out and not any("accuracy" in line for line in lines)
+
+
+def test_with_a_test_set_the_first_row_shows_training_against_test_images(digits, tmp_path, monkeypatch):
+    """Its distances to the nearest training image, and how often the classifier is right, are those of the test images."""
+    halves = {name: data.Dataset(name, digits.images[part], digits.labels[part])
+              for name, part in (("fashion-mnist", slice(900)), ("fashion-mnist:test", slice(900, 1797)))}  # fmt: skip
+    monkeypatch.setattr(data, "load", halves.__getitem__)
+    monkeypatch.setenv("DIFFRATIO_CACHE", str(tmp_path))
+    full = classifier.load
+    monkeypatch.setattr(classifier, "load", lambda dataset: full(dataset, images=20_000))
+    held = measure.Measures("fashion-mnist")
+    row = held.floors()["data: training against test images"]
+    right = classifier.predict(held.classifier, digits.images[900:]) == digits.labels[900:]
+    assert row["images"] == 897 and row["accuracy"] == right.mean() and 0.8 < right.mean() < 0.99
+    assert row["nearest"] == held.nearest(digits.images[900:]).median().item() > row["nearest_low"] > 5
 
 
 def test_pictures(work, tmp_path):

@@ -138,7 +138,7 @@ def test_exact_ratio_moves_samples_towards_the_data():
     x = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     h, means = x / 2 - 1 / 8, {}
     for k in (1, 2, 4, 16):
-        chosen, size = verifier.pick(h[:, :k], seed=0)
+        chosen, size = sample.pick(h[:, :k], range(len(h)), seed=0)
         means[k] = x[torch.arange(len(x)), chosen].mean().item()
         assert size.min() >= 1 and size.max() <= k + 1e-9
         if k == 1:
@@ -166,12 +166,12 @@ def test_the_verifier_chooses_what_sample_chooses(best):
     net, ratio = checkpoints.load_network(sample.DIGITS), checkpoints.load_network(ROOT / "assets" / "digits-ratio.pt")
     images, _, sizes = sample.choose(net, ratio, range(12), 5, "cpu", 3, 0.2, best=best)
     candidates = verifier.draw_candidates(net, range(12), 5, 4)
-    chosen, size = verifier.pick(verifier.logits(ratio, candidates, 0.2, 5, draws=2)[0, :, :3], 5, best)
+    chosen, size = sample.pick(verifier.logits(ratio, candidates, 0.2, 5, draws=2)[0, :, :3], range(12), 5, best)
     torch.testing.assert_close(candidates[torch.arange(12), chosen], images)
     torch.testing.assert_close(size, sizes)
 
 
-def test_verifier_measures_and_continues(call, tiny, tmp_path, monkeypatch, capsys):
+def test_verifier_measures_and_continues(call, refused, tiny, tmp_path, monkeypatch, capsys):
     classifier = verifier.measure.classifier
     monkeypatch.setattr(classifier, "load", lambda dataset: classifier.Classifier(1, 8, 10).eval().requires_grad_(False))
     monkeypatch.setattr(verifier, "CANDIDATES", (1, 2))
@@ -191,6 +191,26 @@ def test_verifier_measures_and_continues(call, tiny, tmp_path, monkeypatch, caps
     call(verifier, *args)
     assert (tmp_path / "r.jsonl").read_text() == text
     assert "| all together | 0.5 |" in capsys.readouterr().out
+
+    # What is there belongs to these networks, by their content, and to these settings.
+    other = tmp_path / "other.pt"
+    net = checkpoints.load_network(sample.DIGITS)
+    checkpoints.save_network(other, net, **net.about | {"t_init": 1.0})
+    for flags in (["--network", other], ["--ratio", other], ["--steps", "3"], ["--samples", "33"], ["--pool", "81"]):
+        assert "give another --results" in refused(verifier, *args, *flags)
+    assert "give another --outdir" in refused(verifier, *args, "--network", other, "--results", tmp_path / "new" / "s.jsonl")
+    (tmp_path / "r.jsonl").write_text(text[:-20])
+    assert "r.jsonl: not a file of results" in refused(verifier, *args)
+
+
+def test_the_verifier_refuses_networks_of_other_images(refused, tmp_path):
+    garments = [ROOT / "assets" / f"fashion-mnist{end}.pt" for end in ("", "-ratio")]
+    new = ["--results", tmp_path / "new.jsonl"]
+    assert "was not trained with" in refused(verifier, "--ratio", garments[1], *new)
+    assert "other images" in refused(verifier, "--network", garments[0], "--ratio", garments[1], *new)
+    assert "none.pt: no such file" in refused(verifier, "--network", tmp_path / "none.pt", *new)
+    for few in (["--pool", "9"], ["--samples", "3"]):
+        assert "too few" in refused(verifier, *few, *new)
 
 
 @pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
