@@ -6,7 +6,7 @@ stage 2), `checkpoint.pt` (all that a continuation needs), `log.jsonl` and sampl
 continues the run; Ctrl-C or SIGTERM stops it after the step in hand, with a checkpoint.
 
     python pretrain.py                                    the embedded digits, minutes on a laptop CPU
-    python pretrain.py --preset fashion-mnist             hours on a laptop CPU
+    python pretrain.py --preset fashion-mnist             half an hour to an hour
     torchrun --nproc-per-node 8 pretrain.py --preset cifar10
 """
 
@@ -43,7 +43,7 @@ _CIFAR10 = dict(  # EDM, Table 7. EDM also augments (its Section 5), which is no
     ema_halflife_kimg=500.0,  # thousands of images
 )  # fmt: skip
 PRESETS = {
-    # Ours, tuned for a good result within minutes (digits) and hours (fashion-mnist) of a laptop CPU.
+    # Ours, tuned for a good result within minutes (digits) and an hour or two (fashion-mnist) of a laptop CPU.
     "digits": dict(
         COMMON, data="digits", network="digits", kimg=200.0, batch=128, lr=1e-3, lr_rampup_kimg=5.0,
         ema_halflife_kimg=20.0, log_kimg=10.0, grid_kimg=50.0, save_kimg=50.0,

@@ -206,7 +206,7 @@ def arguments():
     add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="fp32", help="of the network's arithmetic")
     add("--ratio", metavar="PATH", help="ratio.pt of stage 2, for --candidates")
     add("--candidates", type=runtime.positive(int), default=1, metavar="K", help="draw K per image and keep one by the ratio")
-    add("--ratio-sigma", type=runtime.positive(float), default=0.5, metavar="X", help="noise level at which it is read")
+    add("--ratio-sigma", type=runtime.positive(float), default=0.1, metavar="X", help="noise level at which it is read")
     add("--best", action="store_true", help="keep the candidate of largest ratio instead of resampling")
     add("--vae", default=VAE, metavar="NAME|PATH", help="decoder for latents (needs diffusers)")
     return parser.parse_args()

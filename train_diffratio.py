@@ -64,7 +64,7 @@ COMMON = dict(
     log_kimg=50.0, grid_kimg=200.0, save_kimg=1000.0,  # a log line, a sample grid, a checkpoint every so many images
 )  # fmt: skip
 # The paper gives t_init, beta1, ratio_steps and the divergences. All else in the presets is our choice. For the large
-# systems it rests on what peers published from the same checkpoints (the table in METHOD.md), and was not run at length:
+# systems it rests on what peers published from the same checkpoints (the table in README.md), and was not run at length:
 # - rates of the generator from D2O and SiDA; the ratio network's five times that, as in D2O for ImageNet;
 # - noise levels with as much weight on large noise as theirs. On 8x8 digits less is better, as small images need less.
 _NATURAL = dict(COMMON, noise="karras", ema_halflife_kimg=2000.0)
@@ -80,7 +80,7 @@ PRESETS = {
         ema_halflife_kimg=20.0,  # of the averaged generator, thousands of images
         log_kimg=5.0, grid_kimg=25.0, save_kimg=25.0,
     ),
-    "fashion-mnist": dict(
+    "fashion-mnist": dict(  # two ratio steps: with one the ratio falls behind the generator here (METHOD.md, section 5)
         COMMON, data="fashion-mnist", init="runs/fashion-mnist/pretrain/network.pt", kimg=192.0, batch=64, lr=1e-4,
         ratio_lr=3e-4, ratio_steps=2, lr_decay_kimg=None, ema_halflife_kimg=20.0, log_kimg=4.0, grid_kimg=32.0, save_kimg=16.0,
     ),

@@ -161,6 +161,16 @@ def test_calibration_and_temperature_of_an_exact_ratio():
     assert verifier.calibration(3 * h_real, 3 * h_fake)["calibration_error"] > 0.05
 
 
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0])
+def test_under_noise_even_the_exact_ratio_goes_a_part_of_the_way(sigma):
+    """q = N(0, 1), p = N(0.5, 1), both with noise: h(y) = (y/2 - 1/8) / (1 + sigma^2), and E[x | y] = y / (1 + sigma^2)."""
+    x, eps = torch.randn(2, 10_000, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    h = ((x + sigma * eps) / 2 - 1 / 8) / (1 + sigma**2)
+    chosen, _ = sample.pick(h, range(len(h)), seed=0)
+    mean = x[torch.arange(len(x)), chosen].mean().item()
+    assert abs(mean - 0.5 / (1 + sigma**2)) < 4 / math.sqrt(len(x)) + 0.5 / 64  # chance, and the bias of 64 candidates
+
+
 @pytest.mark.parametrize("best", [False, True])
 def test_the_verifier_chooses_what_sample_chooses(best):
     net, ratio = checkpoints.load_network(sample.DIGITS), checkpoints.load_network(ROOT / "assets" / "digits-ratio.pt")

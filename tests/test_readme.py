@@ -1,6 +1,7 @@
 """README.md stays true: its commands exist with the flags they are given, its files exist and are about as long as it says."""
 
 import io
+import json
 import re
 import shlex
 import sys
@@ -17,6 +18,7 @@ import train_diffratio
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "exercises"))
 import changes  # noqa: E402
+import measure  # noqa: E402
 import run  # noqa: E402
 
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "METHOD.md", "assets/README.md", "exercises/README.md")}
@@ -111,3 +113,21 @@ def test_links_and_pictures_exist():
     for page, text in PAGES.items():
         for target in re.findall(r"\]\(([^)#]+)[)#]", text):
             assert target.startswith("http") or ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_table_of_fashion_mnist_is_that_of_its_results():
+    """What exercises/measure.py printed, less two columns; and each seed is within the limits that the text names."""
+    results, rows = ROOT / "exercises" / "results", {}
+    for line in map(json.loads, (results / "fashion-mnist.jsonl").read_text().splitlines()):
+        rows.setdefault(line["row"], []).append(line)
+    columns = {name: column for name, column in measure.COLUMNS.items() if name not in ("precision, stage 1", "recall, stage 1")}
+    assert measure.table(rows, columns) in PAGES["README.md"]
+    heun, before = (rows[name][0]["fd_classifier"] for name in ("Heun, 18 steps", "one step, before stage 2"))
+    after = [row["fd_classifier"] for row in rows["one step, after stage 2"]]
+    text = f"{', '.join(f'{x:.1f}' for x in after)} ({', '.join(f'{x / heun:.2f}' for x in after)} times Heun's distance, {', '.join(f'{before / x:.0f}' for x in after)} times nearer than before)"
+    assert text in PAGES["README.md"].replace("\n", " ")
+    assert len(after) == 3 and max(after) < 2 * heun and max(after) < before / 50
+    assert all(0.05 <= share <= 0.15 for row in rows["one step, after stage 2"] for share in row["shares"])
+    for name, preset in {"pretrain": pretrain, "dijs-0": train_diffratio, "dijs-1": train_diffratio, "dijs-2": train_diffratio}.items():
+        last = json.loads((results / "fashion-mnist" / f"{name}.jsonl").read_text().splitlines()[-1])
+        assert last["nimg"] == 1000 * preset.PRESETS["fashion-mnist"]["kimg"], name
