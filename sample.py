@@ -10,7 +10,7 @@ Writes a PNG grid (`--out grid.png`), a folder of PNGs (`--out folder`) or a bat
     python sample.py --network runs/cifar10/dijs/network.pt --n 50000 --out samples.npz
     python sample.py --network runs/digits/dijs/network.pt --ratio runs/digits/dijs/ratio.pt --candidates 4
     python sample.py --network edm-imagenet-64x64-cond-adm.pkl --n 64 --class 207 --out dogs.png
-    python sample.py --network assets/fashion-mnist-cond.pt --n 100 --class each --out garments.png    a column per class
+    python sample.py --network assets/fashion-mnist-cond-stage1.pt --n 100 --class each --out garments.png
 """
 
 import math
