@@ -80,11 +80,10 @@ PRESETS = {
         ema_halflife_kimg=20.0,  # of the averaged generator, thousands of images
         log_kimg=5.0, grid_kimg=25.0, save_kimg=25.0,
     ),
-    # With one ratio step the ratio falls behind the generator here, and less noise is nearer: METHOD.md, sections 5 and 7.
+    # Two ratio steps: with one the ratio falls behind the generator here (METHOD.md, section 5).
     "fashion-mnist": dict(
         COMMON, data="fashion-mnist", init="runs/fashion-mnist/pretrain/network.pt", kimg=192.0, batch=64, lr=1e-4,
-        ratio_lr=3e-4, ratio_steps=2, p_mean=-2.0, p_std=0.6, lr_decay_kimg=None, ema_halflife_kimg=20.0, log_kimg=4.0,
-        grid_kimg=32.0, save_kimg=16.0,
+        ratio_lr=3e-4, ratio_steps=2, lr_decay_kimg=None, ema_halflife_kimg=20.0, log_kimg=4.0, grid_kimg=32.0, save_kimg=16.0,
     ),
     "pictures": dict(  # a folder of pictures of any size, after pretrain.py --preset pictures
         _NATURAL, data=None, resolution=64, init="runs/pictures/pretrain/network.pt", kimg=5_000.0, batch=256, lr=5e-5,
