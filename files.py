@@ -9,6 +9,7 @@ import errno
 import functools
 import hashlib
 import http.client
+import json
 import os
 import pickle
 import shutil
@@ -248,6 +249,12 @@ def file_hash(path, algorithm="sha256"):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def json_lines(path):
+    """The values of a file of results, one of JSON a line; none if there is no such file. Raises `UserError` if it is damaged."""
+    with reading(path, "a file of results", "correct or remove it"):
+        return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
 
 
 def status(text, end=""):

@@ -48,8 +48,8 @@ class Measures:
     def __init__(self, name, pretrained=None):
         self.rt = runtime.Runtime(torch.device("cpu"))
         self.train = data.load(name)
-        has_test = name in ("fashion-mnist", "cifar10")
-        self.reference = data.load(f"{name}:test") if has_test else self.train
+        self.has_test = name in ("fashion-mnist", "cifar10")
+        self.reference = data.load(f"{name}:test") if self.has_test else self.train
         self.classifier = classifier.load(self.train)
         self.views = {"classifier": classifier.extractor(self.classifier, self.train)}
         if pretrained:
@@ -57,7 +57,6 @@ class Measures:
         self.check(self.train)
         self.known = torch.from_numpy(self.train.images.reshape(len(self.train), -1).astype(np.float32))
         self.held = {view: self.features(view, chosen(self.reference.images)) for view in self.views}
-        self.has_test = has_test
 
     def check(self, dataset):
         """Raise `UserError` unless the images of `dataset` are of the kind that is measured here."""

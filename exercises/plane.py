@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT)]
 import runtime  # noqa: E402
-from files import UserError  # noqa: E402
+from files import UserError, json_lines  # noqa: E402
 from networks import Config, parameter_count, preconditioning  # noqa: E402
 from pretrain import denoising_loss  # noqa: E402
 from train_diffratio import generator_loss, ratio_loss  # noqa: E402
@@ -376,10 +376,6 @@ def wasserstein(a, b):
 PARTS = {"error": (REGIMES, COMMON, measure_error), "fixed-point": (LOOPS, LOOP, run_loop)}
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def spread(rows, key):
     """Mean and standard deviation over rows of a number, or of each of a list of numbers."""
     values = torch.tensor([row[key] for row in rows], dtype=torch.float64)
@@ -544,7 +540,7 @@ def main():
                 settings = {**common, **table[regime], **({"steps": args.steps} if args.steps else {})}
                 settings = json.loads(json.dumps(settings))  # as they are read again: tuples become lists
                 key = {"part": part, "regime": regime, "seed": seed, "settings": settings}
-                found = [row for row in read(args.results) if all(row[k] == v for k, v in key.items())]
+                found = [row for row in json_lines(args.results) if all(row[k] == v for k, v in key.items())]
                 if not found and args.part in (part, "all"):
                     print(f"{part}: {regime}, seed {seed}", flush=True)
                     found = [{**key, **measure(settings, seed)}]

@@ -210,8 +210,7 @@ def measured(folder, measures, seed):
 def results(path):
     """{(run, seed): its line} of a file of results."""
     with files.reading(path, "a file of results", "correct or remove it"):
-        lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-        return {(line["run"], line["seed"]): line for line in map(json.loads, lines)}
+        return {(line["run"], line["seed"]): line for line in files.json_lines(path)}
 
 
 def table(exercise, rows, found, seeds):

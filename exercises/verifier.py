@@ -131,28 +131,35 @@ def train_on(ratio, train, stop, steps, halflife, settings, seed, penalty=0.0):
     return {"last": ratio, "best": kept["best"][1], "average": kept["average"][1]}
 
 
+def networks_of(args, seed):
+    """(path of the generator, path of its ratio network) of a seed."""
+    return [path.replace("{data}", args.data).replace("{seed}", str(seed)) for path in (args.network, args.ratio)]
+
+
 def settings_of(args, seed):
     """{name: value} of what decides the lines of a seed; networks by the content of their files."""
     result = {name: getattr(args, name) for name in ("samples", "pool", "steps")}
-    for name in ("network", "ratio"):
-        path = getattr(args, name).format(seed=seed)
+    for name, path in zip(("network", "ratio"), networks_of(args, seed)):
         with files.reading(path, "a network"):
             result[name] = files.file_hash(path)[:16]
     return result
 
 
-def ratio_networks(args, seed, ratio, train, stop):
-    """{name: ratio network}; an earlier call has left them in the folder of this data and seed, or they are trained now."""
+def ratio_networks(args, seed, settings, ratio, train, stop):
+    """{name: ratio network}; an earlier call has left them in the folder of this data and seed, or they are trained now.
+
+    settings: `settings_of` this seed.
+    """
     folder, names = Path(args.outdir) / f"{args.data}-{seed}", ("last", "best", "average", "r1", "r1-average")
-    about = {"data": args.data, "seed": seed, **settings_of(args, seed)}
+    about = {"data": args.data, "seed": seed, **settings}
     del about["samples"]  # they are judged, not learned from
     if (folder / f"{names[-1]}.pt").exists():  # the last that is written
         found = checkpoints.load_network(folder / f"{names[-1]}.pt", role="ratio").about
         if {key: found.get(key) for key in about} != about:
             raise UserError(f"{folder} holds ratio networks of another generator or of other settings; give another --outdir")
     else:
-        settings = argparse.Namespace(**train_diffratio.PRESETS[args.data])
-        common = (ratio, train, stop, args.steps, DATA[args.data]["halflife"], settings, seed)
+        preset = argparse.Namespace(**train_diffratio.PRESETS[args.data])
+        common = (ratio, train, stop, args.steps, DATA[args.data]["halflife"], preset, seed)
         made, penalised = train_on(*common), train_on(*common, PENALTY)
         made |= {"r1": penalised["best"], "r1-average": penalised["average"]}
         for name in names:
@@ -217,26 +224,25 @@ def worth(measures, features, nearest, held_out, more):
     return result
 
 
-def sweep(args, seed, done):
+def sweep(args, seed, settings, done):
     """Yield the lines of each recipe that is not `done`: at each noise level, for each K, resampled and best."""
-    path = args.network.format(seed=seed)
+    path, ratio_path = networks_of(args, seed)
     net = checkpoints.load_network(path, role="generator")
-    ratio = sample.load_ratio(args.ratio.format(seed=seed), net, path)
+    ratio = sample.load_ratio(ratio_path, net, path)
     if net.config.label_dim:
-        raise UserError(f"{args.network}: conditional on classes; this exercise takes unconditional networks")
+        raise UserError(f"{path}: conditional on classes; this exercise takes unconditional networks")
     dataset = data.load(args.data)
     if (net.config.img_resolution, net.config.img_channels) != (dataset.resolution, dataset.channels):
         raise UserError(f"{path}: a generator of other images than those of {args.data}; --data names what it was trained on")
     order = torch.randperm(len(dataset), generator=runtime.rng("cpu", seed, "split")).numpy()
     train, stop, judged = (order[len(order) * a // 10:len(order) * b // 10] for a, b in ((0, 8), (8, 9), (9, 10)))
     measures = measure.Measures(args.data, args.pretrained)
-    has_test = measures.reference is not measures.train
-    held_out = {view: measures.features(view, dataset.images[judged]) for view in measures.views if not has_test}
-    parts = ((dataset, train), (dataset, stop), (measures.reference, torch.arange(2000).numpy() if has_test else judged))
+    held_out = {view: measures.features(view, dataset.images[judged]) for view in measures.views if not measures.has_test}
+    parts = ((dataset, train), (dataset, stop), (measures.reference, torch.arange(2000).numpy() if measures.has_test else judged))
     real = [source.to_model(source.batch(part)[0], "cpu") for source, part in parts]
     pool = draw_candidates(net, range(10**6, 10**6 + args.pool), seed, 1)[:, 0]
     fake, fake_stop = pool[:args.pool * 9 // 10], pool[args.pool * 9 // 10:]
-    nets = ratio_networks(args, seed, ratio, (real[0], fake), (real[1], fake_stop))
+    nets = ratio_networks(args, seed, settings, ratio, (real[0], fake), (real[1], fake_stop))
     candidates, rows = draw_candidates(net, range(args.samples), seed, max(CANDIDATES)), torch.arange(args.samples)
     columns = [data.to_uint8(candidates[:, k]) for k in range(max(CANDIDATES))]
     features = {view: torch.stack([measures.features(view, x) for x in columns], dim=1) for view in measures.views}
@@ -255,7 +261,7 @@ def sweep(args, seed, done):
         for sigma in SIGMAS if recipe not in done else ():
             h, h_stop, h_judged, h_fake = (each[:draws].mean(dim=0) for each in judged_by(name, sigma))
             factor = temperature(h_stop, h_fake) if fitted else 1.0
-            shared = {"data": args.data, **settings_of(args, seed), "seed": seed, "recipe": recipe, "sigma": sigma, "factor": factor,
+            shared = {"data": args.data, **settings, "seed": seed, "recipe": recipe, "sigma": sigma, "factor": factor,
                       **calibration(factor * h_judged, factor * h[:, 0])}  # fmt: skip
             lines.append({**shared, "k": 1, "best": False, "ess": 1.0, **plain})
             for k, best in itertools.product(CANDIDATES[1:], (False, True)):
@@ -320,7 +326,6 @@ def main():
     args = parser.parse_args()
     for name in ("samples", "pool", "steps", "pretrained"):
         setattr(args, name, getattr(args, name) or DATA[args.data][name])
-    args.network, args.ratio = (path.replace("{data}", args.data) for path in (args.network, args.ratio))
     if args.pool < 10 or args.samples < 4:
         raise UserError("--pool and --samples: too few; a tenth of the one decides when to stop, and a covariance needs 4 of the other")
     path, seeds = Path(args.results), range(args.first_seed, args.first_seed + args.seeds)
@@ -329,15 +334,14 @@ def main():
 
     def measured():
         with files.reading(path, "a file of results", "correct or remove it"):
-            rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-            rows = [row for row in rows if row["data"] == args.data and row["seed"] in seeds]
+            rows = [row for row in files.json_lines(path) if row["data"] == args.data and row["seed"] in seeds]
             if any(row.get(name) != value for row in rows for name, value in wanted[row["seed"]].items()):
                 raise UserError("holds lines of other networks or settings; give another --results")
         return rows
 
     for seed in seeds:
         done = {row["recipe"] for row in measured() if row["seed"] == seed}
-        for lines in sweep(args, seed, done) if RECIPES.keys() - done else ():
+        for lines in sweep(args, seed, wanted[seed], done) if RECIPES.keys() - done else ():
             with open(path, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
             print(f"seed {seed}: {lines[0]['recipe']}", flush=True)

@@ -226,11 +226,11 @@ def test_the_verifier_refuses_networks_of_other_images(refused, tmp_path):
 @pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
 def test_the_verifier_finds_its_networks_in_assets(call, tmp_path, monkeypatch, name):
     """With no flag but --data; of Fashion-MNIST the stage-1 network too, so that nothing must be trained first."""
+    roles = {"network": "generator", "ratio": "ratio"} | ({"pretrained": "denoiser"} if name == "fashion-mnist" else {})
     seen = []
-    monkeypatch.setattr(verifier, "sweep", lambda args, seed, done: seen.append(args) or ())
+    monkeypatch.setattr(verifier, "sweep", lambda args, seed, settings, done: seen.append(dict(zip(roles, [*verifier.networks_of(args, seed), args.pretrained]))) or ())
     monkeypatch.setattr(verifier, "table", lambda rows: "")
     call(verifier, "--data", name, "--results", tmp_path / "r.jsonl")
-    roles = {"network": "generator", "ratio": "ratio"} | ({"pretrained": "denoiser"} if name == "fashion-mnist" else {})
     for key, role in roles.items():
-        net = verifier.checkpoints.load_network(getattr(seen[0], key), role=role)
+        net = verifier.checkpoints.load_network(seen[0][key], role=role)
         assert net.about["data"] == name and not net.config.label_dim
