@@ -8,7 +8,7 @@ the temperature, a tenth to judge (of Fashion-MNIST the test set judges). The ge
 
     python exercises/verifier.py --seeds 3                         the digits, with the networks of assets/ and runs/digits/pretrain
     python exercises/verifier.py --seeds 3 --network "my-runs/{seed}/network.pt" --ratio "my-runs/{seed}/ratio.pt" --results mine.jsonl
-    python exercises/verifier.py --data fashion-mnist --seeds 3
+    python exercises/verifier.py --data fashion-mnist --seeds 3 --recipes blind "as trained"      without any training
 
 Adds a line of JSON per choice to --results. A recipe that has its lines there is not measured again; if all have, as in the
 repository, only the table is printed: --results mine.jsonl measures anew. The ratio networks go to
@@ -146,7 +146,7 @@ def settings_of(args, seed):
 
 
 def ratio_networks(args, seed, settings, ratio, train, stop):
-    """{name: ratio network}; an earlier call has left them in the folder of this data and seed, or they are trained now.
+    """{name: ratio network trained on}; an earlier call has left them in the folder of this data and seed, or they are trained now.
 
     settings: `settings_of` this seed.
     """
@@ -164,8 +164,7 @@ def ratio_networks(args, seed, settings, ratio, train, stop):
         made |= {"r1": penalised["best"], "r1-average": penalised["average"]}
         for name in names:
             checkpoints.save_network(folder / f"{name}.pt", made[name], role="ratio", **about)
-    blind = networks.RatioNetwork(ratio.config).eval()  # its head starts at zero
-    return {"blind": blind, "trained": ratio} | {name: checkpoints.load_network(folder / f"{name}.pt", role="ratio") for name in names}
+    return {name: checkpoints.load_network(folder / f"{name}.pt", role="ratio") for name in names}
 
 
 def temperature(h_real, h_fake):
@@ -224,8 +223,8 @@ def worth(measures, features, nearest, held_out, more):
     return result
 
 
-def sweep(args, seed, settings, done):
-    """Yield the lines of each recipe that is not `done`: at each noise level, for each K, resampled and best."""
+def sweep(args, seed, settings, recipes):
+    """Yield the lines of each of `recipes`: at each noise level, for each K, resampled and best."""
     path, ratio_path = networks_of(args, seed)
     net = checkpoints.load_network(path, role="generator")
     ratio = sample.load_ratio(ratio_path, net, path)
@@ -242,7 +241,9 @@ def sweep(args, seed, settings, done):
     real = [source.to_model(source.batch(part)[0], "cpu") for source, part in parts]
     pool = draw_candidates(net, range(10**6, 10**6 + args.pool), seed, 1)[:, 0]
     fake, fake_stop = pool[:args.pool * 9 // 10], pool[args.pool * 9 // 10:]
-    nets = ratio_networks(args, seed, settings, ratio, (real[0], fake), (real[1], fake_stop))
+    nets = {"blind": networks.RatioNetwork(ratio.config).eval(), "trained": ratio}  # the head of the first is still zero
+    if {RECIPES[recipe][0] for recipe in recipes} - nets.keys():
+        nets |= ratio_networks(args, seed, settings, ratio, (real[0], fake), (real[1], fake_stop))
     candidates, rows = draw_candidates(net, range(args.samples), seed, max(CANDIDATES)), torch.arange(args.samples)
     columns = [data.to_uint8(candidates[:, k]) for k in range(max(CANDIDATES))]
     features = {view: torch.stack([measures.features(view, x) for x in columns], dim=1) for view in measures.views}
@@ -256,9 +257,9 @@ def sweep(args, seed, settings, done):
         h = logits(nets[name], candidates, sigma, seed, draws)
         return h, *(logits(nets[name], x[:2000, None], sigma, (seed, i), draws)[..., 0] for i, x in enumerate((*real[1:], fake_stop)))
 
-    for recipe, (name, draws, fitted) in RECIPES.items():
-        lines = []
-        for sigma in SIGMAS if recipe not in done else ():
+    for recipe in recipes:
+        (name, draws, fitted), lines = RECIPES[recipe], []
+        for sigma in SIGMAS:
             h, h_stop, h_judged, h_fake = (each[:draws].mean(dim=0) for each in judged_by(name, sigma))
             factor = temperature(h_stop, h_fake) if fitted else 1.0
             shared = {"data": args.data, **settings, "seed": seed, "recipe": recipe, "sigma": sigma, "factor": factor,
@@ -272,8 +273,7 @@ def sweep(args, seed, settings, done):
                 if not best:
                     found |= on_average(measures, features, (factor * h[:, :k]).softmax(dim=1))
                 lines.append({**shared, "k": k, "best": best, "ess": size.mean().item(), **found})
-        if lines:
-            yield lines
+        yield lines
 
 
 def table(rows):
@@ -291,8 +291,8 @@ def table(rows):
         return all(ours[0] + ours[1] < plain[0] - plain[1] for ours, plain in pairs)
 
     def gains(cell):
-        blind, names = cells["blind", *cell[1:]], [f"average_{view}" for view in views if cell[2] > 1 and not cell[3]]
-        return names and all(row[name] < blind[seed][name] for seed, row in cells[cell].items() for name in names)
+        blind, names = cells.get(("blind", *cell[1:]), {}), [f"average_{view}" for view in views if cell[2] > 1 and not cell[3]]
+        return names and all(seed in blind and row[name] < blind[seed][name] for seed, row in cells[cell].items() for name in names)
 
     columns = [(f"K = {k}", "fd_classifier", k, False) for k in CANDIDATES] + [(f"best of {last}", "fd_classifier", last, True)]
     columns += [(f"stage 1, K = {k}", "fd_stage1", k, False) for k in CANDIDATES[::2]]
@@ -321,6 +321,7 @@ def main():
     add("--first-seed", type=int, default=0, metavar="S", help="the first of them; new seeds confirm what others suggest")
     for name in ("samples", "pool", "steps"):
         add(f"--{name}", type=runtime.positive(int), metavar="N", help=f"(default: {DATA['digits'][name]} or {DATA['fashion-mnist'][name]})")
+    add("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="NAME", help="which to measure: %(choices)s (default: all)")
     add("--outdir", default="runs/exercises/verifier", metavar="DIR", help="for the ratio networks")
     add("--results", default=str(ROOT / "exercises" / "results" / "verifier.jsonl"), metavar="PATH", help="JSON lines to add to")
     args = parser.parse_args()
@@ -341,7 +342,8 @@ def main():
 
     for seed in seeds:
         done = {row["recipe"] for row in measured() if row["seed"] == seed}
-        for lines in sweep(args, seed, wanted[seed], done) if RECIPES.keys() - done else ():
+        left = [recipe for recipe in args.recipes if recipe not in done]
+        for lines in sweep(args, seed, wanted[seed], left) if left else ():
             with open(path, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
             print(f"seed {seed}: {lines[0]['recipe']}", flush=True)

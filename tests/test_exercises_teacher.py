@@ -196,8 +196,12 @@ def test_verifier_measures_and_continues(call, refused, tiny, tmp_path, monkeypa
     assert [(r["recipe"], r["k"], r["best"]) for r in rows[:3]] == [("blind", 1, False), ("blind", 2, False), ("blind", 2, True)]
     assert len(rows) == 6 and all(r["fd_classifier"] > 0 and r["fd_stage1"] > 0 and 1 <= r["ess"] <= 2 for r in rows)
     assert rows[0]["loss"] == pytest.approx(math.log(2)) and rows[0]["ess"] == 1 and rows[1]["ess"] == 2
-    (tmp_path / "r.jsonl").write_text("".join(text.splitlines(keepends=True)[:3]))
+    (tmp_path / "r.jsonl").unlink()
     torch.manual_seed(0)  # of the classifier above
+    call(verifier, *args, "--recipes", "blind", "--outdir", tmp_path / "none")
+    assert (tmp_path / "r.jsonl").read_text().splitlines() == text.splitlines()[:3]
+    assert not (tmp_path / "none").exists()  # nothing was trained on
+    torch.manual_seed(0)
     call(verifier, *args)
     assert (tmp_path / "r.jsonl").read_text() == text
     assert "| all together | 0.5 |" in capsys.readouterr().out
