@@ -82,7 +82,7 @@ PRESETS = {
     ),
     # Two ratio steps: with one the ratio falls behind the generator here (METHOD.md, section 5).
     "fashion-mnist": dict(
-        COMMON, data="fashion-mnist", init="runs/fashion-mnist/pretrain/network.pt", kimg=320.0, batch=64, lr=1e-4,
+        COMMON, data="fashion-mnist", init="runs/fashion-mnist/pretrain/network.pt", kimg=448.0, batch=64, lr=1e-4,
         ratio_lr=3e-4, ratio_steps=2, lr_decay_kimg=None, ema_halflife_kimg=20.0, log_kimg=4.0, grid_kimg=32.0, save_kimg=16.0,
     ),
     "pictures": dict(  # a folder of pictures of any size, after pretrain.py --preset pictures
