@@ -80,7 +80,7 @@ PRESETS = {
         ema_halflife_kimg=20.0,  # of the averaged generator, thousands of images
         log_kimg=5.0, grid_kimg=25.0, save_kimg=25.0,
     ),
-    # Two ratio steps: with one the ratio falls behind the generator here (METHOD.md, section 5).
+    # Two ratio steps: with one the ratio falls behind the generator early in the run (METHOD.md, section 5).
     "fashion-mnist": dict(
         COMMON, data="fashion-mnist", init="runs/fashion-mnist/pretrain/network.pt", kimg=448.0, batch=64, lr=1e-4,
         ratio_lr=3e-4, ratio_steps=2, lr_decay_kimg=None, ema_halflife_kimg=20.0, log_kimg=4.0, grid_kimg=32.0, save_kimg=16.0,

@@ -209,7 +209,7 @@ def measured(folder, measures, seed):
 
 def results(path):
     """{(run, seed): its line} of a file of results."""
-    with files.reading(path, "a file of results", "correct or remove it"):
+    with files.reading(path, "a file of results", "correct it or give another --results"):
         return {(line["run"], line["seed"]): line for line in files.json_lines(path)}
 
 

@@ -334,7 +334,7 @@ def main():
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def measured():
-        with files.reading(path, "a file of results", "correct or remove it"):
+        with files.reading(path, "a file of results", "correct it or give another --results"):
             rows = [row for row in files.json_lines(path) if row["data"] == args.data and row["seed"] in seeds]
             if any(row.get(name) != value for row in rows for name, value in wanted[row["seed"]].items()):
                 raise UserError("holds lines of other networks or settings; give another --results")

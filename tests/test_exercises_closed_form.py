@@ -205,7 +205,7 @@ def test_distances_of_gaussians():
     assert plane.wasserstein(a, a) == pytest.approx(0, abs=1e-6)
 
 
-def test_plane_runs_and_does_not_run_again(call, tmp_path, capsys):
+def test_plane_runs_and_does_not_run_again(call, refused, tmp_path, capsys):
     flags = ["--regimes", "close, student from teacher", "few points", "aside, exact", "MLP, ratio", "affine, scores"]
     flags += ["--steps", 3, "--results", tmp_path / "rows.jsonl"]
     for part, rows in (("error", 2), ("error", 2), ("fixed-point", 5), ("fixed-point", 5)):
@@ -215,10 +215,12 @@ def test_plane_runs_and_does_not_run_again(call, tmp_path, capsys):
         assert "| ratio |" in capsys.readouterr().out or part == "fixed-point"
     row = json.loads(lines[0])
     assert row["settings"]["steps"] == 3 and len(row["ratio_error"]) == len(plane.SIGMAS)
+    (tmp_path / "rows.jsonl").write_text('{"run": "of another program"}\n')
+    assert "give another --results" in refused(plane, "error", *flags)
 
 
 def test_results_of_the_plane_are_of_the_settings_in_its_tables_and_say_what_the_page_says():
-    rows = plane.json_lines(ROOT / "exercises" / "results" / "plane.jsonl")
+    rows = plane.files.json_lines(ROOT / "exercises" / "results" / "plane.jsonl")
     for part, (table, common, _) in plane.PARTS.items():
         for regime, changes in table.items():
             settings = json.loads(json.dumps({**common, **changes}))

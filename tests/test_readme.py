@@ -126,8 +126,9 @@ def test_the_table_of_fashion_mnist_is_that_of_its_results():
     after = [row["fd_classifier"] for row in rows["one step, after stage 2"]]
     text = f"{', '.join(f'{x:.1f}' for x in after)} ({', '.join(f'{x / heun:.2f}' for x in after)} times Heun's distance, {', '.join(f'{before / x:.0f}' for x in after)} times nearer than before)"
     assert text in PAGES["README.md"].replace("\n", " ")
-    assert max(after) < 2 * heun and all(0.05 <= share <= 0.15 for row in rows["one step, after stage 2"] for share in row["shares"])
+    assert len(after) == 3 and max(after) < 2 * heun and 50 * max(after) < before and all(0.05 <= share <= 0.15 for row in rows["one step, after stage 2"] for share in row["shares"])
     logs = {path.stem: json.loads(path.read_text().splitlines()[-1])["nimg"] for path in (results / "fashion-mnist").glob("*.jsonl")}
     lengths = {script: 1000 * script.PRESETS["fashion-mnist"]["kimg"] for script in (pretrain, train_diffratio)}
     expected = {"pretrain": lengths[pretrain], "pretrain-cond": lengths[pretrain]}
+    expected["dijs-cond"] = 1000 * int(re.search(r"--kimg (\d+) --init runs/fashion-mnist/pretrain-cond/network.pt", PAGES["README.md"])[1])
     assert logs == expected | {f"dijs-{seed}": lengths[train_diffratio] for seed in range(len(after))}
