@@ -53,6 +53,8 @@ def reading(path, what, remedy="get it again"):
         raise UserError(f"{missing}: no such file{f'; {remedy}' if missing != str(path) else ''}") from None
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+    except torch.OutOfMemoryError:  # the device is full, the file is sound
+        raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             error.filename = error.filename or str(path)
@@ -137,8 +139,13 @@ def lock(path, what, wait=False):
 
 def save_checkpoint(data, path):
     """Write plain data (dicts, lists, numbers, strings, tensors) to `path`, atomically."""
-    with atomic(path) as part:
-        torch.save(data, part)
+    with atomic(path) as part, open(part, "wb") as file:
+        try:
+            torch.save(data, file)
+        except RuntimeError as error:  # torch's writer hides the system's error, such as a full disk, behind its own
+            if isinstance(cause := error.__context__, OSError):
+                raise OSError(cause.errno, cause.strerror, str(path)) from None
+            raise
 
 
 def load_plain(path, what):

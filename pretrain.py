@@ -22,7 +22,7 @@ import networks
 import runtime
 import sample
 from files import UserError
-from runtime import Parser, fraction, positive
+from runtime import Parser, fraction, not_negative, positive
 
 # ---------------------------------------------------------------------------------------------------------
 # Settings. The defaults of each preset; every flag overrides.
@@ -83,8 +83,8 @@ def arguments():
     add("--xflip", action=argparse.BooleanOptionalAction, help="flip half of the images horizontally")
     add("--dropout", type=fraction, metavar="P", help="dropout probability (default: that of --network)")
     add("--lr", type=positive(float), metavar="X", help="learning rate of Adam, after the ramp-up")
-    add("--lr-rampup-kimg", type=float, metavar="N", help="thousands of images over which it rises linearly from 0")
-    add("--lr-decay-batches", type=float, metavar="N", help="after N steps it falls as 1/sqrt(steps), as in EDM2; 0: never")
+    add("--lr-rampup-kimg", type=not_negative, metavar="N", help="thousands of images over which it rises linearly from 0")
+    add("--lr-decay-batches", type=not_negative, metavar="N", help="after N steps it falls as 1/sqrt(steps), as in EDM2; 0: never")
     add("--beta2", type=fraction, metavar="X", help="Adam's beta2; beta1 is 0.9")
     add("--ema-halflife-kimg", type=positive(float), metavar="N", help="half-life of the averaged weights, thousands of images")
     add("--p-mean", type=float, metavar="X", help="mean of ln sigma, sigma being the noise level trained on")

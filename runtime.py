@@ -322,7 +322,8 @@ class Progress:
 # ---------------------------------------------------------------------------------------------------------
 # What the two training scripts have in common around their loops.
 
-# Flags that may change between one part of a run and its continuation: they do not decide what is computed.
+# Flags that may change between one part of a run and its continuation: they do not decide what a step computes, but for
+# kimg where the learning rate falls over the length of the run.
 FREE_FLAGS = {
     "preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg", "save_kimg",
     "fid_every", "fid_images", "fid_reference", "fid_features", "inception",
@@ -394,6 +395,13 @@ def positive(kind):
     return parse
 
 
+def not_negative(text):
+    """An argparse type: a finite number from 0 on."""
+    if not 0 <= float(text) < float("inf"):
+        raise ValueError
+    return float(text)
+
+
 def fraction(text):
     """An argparse type: a number in [0, 1)."""
     if not 0 <= float(text) < 1:
@@ -446,7 +454,7 @@ class Run:
         self.dir, self.rt, self.kind, self.stage = Path(args.outdir), rt, f"training state of {stage}", stage
         self.parts = parts
         self.settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS} | {"precision": rt.precision}
-        self.total_nimg = -(-round(args.kimg * 1000) // args.batch) * args.batch  # whole batches
+        self.total_nimg = -(-max(round(args.kimg * 1000), 1) // args.batch) * args.batch  # whole batches
         self.batch, self.nimg = args.batch, 0
         self.sums, self.logged_nimg = {}, 0  # of the log: sums over the images since the last line
         self.signal, self.signal_time = 0, 0.0  # number of the signal that this rank got, or 0
@@ -463,6 +471,9 @@ class Run:
                 self._check(path, state)
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
+                    if isinstance(part, torch.optim.Optimizer):  # in the weights' layout: --compile and the device decide it
+                        for p, moments in part.state.items():
+                            moments |= {k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v.shape == p.shape}
                 self.nimg = state["nimg"]
                 self.logged_nimg = state.get("logged_nimg", self.nimg)
                 if rt.is_main:  # the sums over the ranks

@@ -114,7 +114,7 @@ def pick(h, indices, seed, best=False):
 
 
 @torch.no_grad()
-def choose(net, ratio, indices, seed, device, candidates, sigma, label=None, best=False):
+def choose(net, ratio, indices, seed, device, candidates, sigma, label=None, best=False, steps=18):
     """Inference-time scaling: per image draw several candidates in parallel, keep one by the ratio (arXiv 2502.08005, v5).
 
     Candidate k is kept with probability proportional to exp(h_k), the estimated ratio of data to generator density at
@@ -125,7 +125,7 @@ def choose(net, ratio, indices, seed, device, candidates, sigma, label=None, bes
     images, logits = [], []
     for k in range(candidates):
         z, labels = inputs(net.config, indices, seed, device, label, k)
-        images.append(generate(net, z, labels))
+        images.append(generate(net, z, labels, steps))
         eps, _ = inputs(net.config, indices, seed, device, candidate=-1 - k)
         logits.append(ratio(images[-1] + sigma * eps, torch.full((len(z),), sigma, device=device), labels))
     chosen, size = pick(torch.stack(logits, dim=1), indices, seed, best)
@@ -233,7 +233,7 @@ def main():
     print(f"{args.network}: {'one step' if role == 'generator' else f'Heun, {args.steps} steps'}, {args.n} images")
 
     decode = data.to_uint8
-    if config.architecture == "edm2":
+    if config.img_channels == 4:  # latents; images have 1 or 3
         decode = latent_decoder(rt.device, args.vae)
         if decode is None and not args.out.endswith(".npz"):
             raise UserError(f"{NO_DIFFUSERS}; without it latents can be written: give --out a name that ends in .npz")
@@ -249,7 +249,7 @@ def main():
         for i in range(0, args.n, args.batch):
             indices = range(i, min(i + args.batch, args.n))
             x, labels, size = choose(
-                net, ratio, indices, args.seed, rt.device, args.candidates, args.ratio_sigma, args.label, args.best
+                net, ratio, indices, args.seed, rt.device, args.candidates, args.ratio_sigma, args.label, args.best, args.steps
             )
             sizes.extend(size.tolist())
             yield x, labels

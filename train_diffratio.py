@@ -42,7 +42,7 @@ import pretrain
 import runtime
 import sample
 from files import UserError
-from runtime import Parser, fraction, positive
+from runtime import Parser, fraction, not_negative, positive
 
 # ---------------------------------------------------------------------------------------------------------
 # Settings. The defaults of each preset; every flag overrides.
@@ -121,7 +121,7 @@ def arguments():
     add("--ratio-steps", type=positive(int), metavar="N", help="steps of the ratio network per step of the generator")
     add("--lr", type=positive(float), metavar="X", help="learning rate of the generator (Adam)")
     add("--ratio-lr", type=positive(float), metavar="X", help="learning rate of the ratio network (Adam)")
-    add("--lr-decay-kimg", type=float, metavar="N", help="thousands of images over which both fall as a half cosine to 0; "
+    add("--lr-decay-kimg", type=not_negative, metavar="N", help="thousands of images over which both fall as a half cosine to 0; "
         "0: constant (default of the small presets: the length of the run)")  # fmt: skip
     add("--beta1", type=fraction, metavar="X", help="Adam's beta1 of both networks; larger values than 0 collapse")
     add("--beta2", type=fraction, metavar="X", help="Adam's beta2 of both networks")
@@ -135,6 +135,8 @@ def arguments():
     add("--xflip", action=argparse.BooleanOptionalAction, help="flip half of the images horizontally")
     args = runtime.parse_args(parser, PRESETS)
     args.outdir = args.outdir or f"runs/{args.preset}/{args.divergence}"
+    if args.fid_images < 2:
+        parser.error("--fid-images: a covariance needs at least 2")
     if args.ratio_width and args.ratio_init != "random":
         parser.error("--ratio-width: an encoder of another width cannot start from stage 1; add --ratio-init random")
     return args

@@ -288,6 +288,42 @@ runtime.run(script.main)""", *args, "--outdir", tmp_path / "parts", "--micro-bat
             assert a[key] == pytest.approx(b[key], rel=0.02), key  # one of 128 logits may change its sign: accuracy
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_run_continues_in_another_memory_layout(call, stage1, tmp_path, monkeypatch, stage):
+    """--compile and the device decide the layout of the weights; the optimiser's averages must follow it."""
+    script, args = scripts(stage1)[stage]
+    call(script, *args, *SHORT, "--outdir", tmp_path / "one")
+    monkeypatch.setattr(networks, "memory_format", lambda *_: torch.contiguous_format)
+    call(script, *args, *SHORT, "--outdir", tmp_path / "parts", "--kimg", "0.064")
+    start = weights(tmp_path / "parts" / "network.pt")
+    monkeypatch.undo()
+    call(script, *args, *SHORT, "--outdir", tmp_path / "parts")
+    assert alike(weights(tmp_path / "one" / "network.pt"), weights(tmp_path / "parts" / "network.pt"), start, share=0.01)
+
+
+@pytest.mark.parametrize("flag", ["--lr-rampup-kimg", "--lr-decay-batches"])
+@pytest.mark.parametrize("value", ["-1", "nan", "inf"])
+def test_lengths_of_the_learning_rate_are_not_negative(refused, tmp_path, flag, value):
+    assert flag in refused(pretrain, f"{flag}={value}", "--outdir", tmp_path / "x") and not (tmp_path / "x").exists()
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_file_before(tmp_path):
+    """As the system says it; torch's writer would say "unexpected pos"."""
+    files.save_checkpoint({"kind": "a test", "a": torch.ones(3)}, tmp_path / "c.pt")
+    done = python("""
+import files, resource, runtime, signal, torch
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+runtime.run(lambda: files.save_checkpoint({"a": torch.zeros(10_000)}, sys.argv[1]))""", tmp_path / "c.pt")
+    assert done.returncode == 2 and "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert files.load_checkpoint(tmp_path / "c.pt")["a"].sum() == 3 and [f.name for f in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_a_full_gpu_is_not_a_damaged_file():
+    with pytest.raises(torch.OutOfMemoryError), files.reading("checkpoint.pt", "a checkpoint"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Several ranks, several machines.
 

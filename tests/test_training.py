@@ -102,6 +102,14 @@ def test_every_divergence_trains_and_logs_the_noise_bands(call, stage1, tmp_path
     assert not same(weights(tmp_path / "network.pt"), weights(stage1 / "network.pt"))
 
 
+def test_candidates_are_drawn_with_as_many_steps_as_asked(stage1):
+    net = checkpoints.load_network(stage1 / "network.pt")
+    ratio = networks.RatioNetwork(net.config).eval()
+    chosen, _, _ = sample.choose(net, ratio, range(2), 0, "cpu", 1, 0.1, steps=3)
+    with torch.no_grad():
+        assert torch.equal(chosen, sample.generate(net, *sample.inputs(net.config, range(2), 0, "cpu"), 3))
+
+
 def test_more_ratio_steps_and_random_starts_run(call, stage1, tmp_path):
     call(train_diffratio, *SHORT, "--init", stage1 / "network.pt", "--outdir", tmp_path / "a", "--ratio-steps", "2", "--ratio-init", "random")
     call(train_diffratio, *SHORT, "--init", "random", "--network", "digits", "--outdir", tmp_path / "b")
