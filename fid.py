@@ -242,6 +242,8 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, batch):
+        if isinstance(batch, np.ndarray) and not batch.flags.writeable:  # a mapped file, of which PyTorch warns
+            batch = batch.copy()
         return self.function(torch.as_tensor(batch).to(self.device, non_blocking=True))
 
 

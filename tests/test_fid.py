@@ -665,3 +665,13 @@ def test_bad_input_is_one_line(samples, message, command, network, tmp_path):
         path.write_text(samples)
     code, out, err = command(path, "digits", "--features", network)
     assert code == 2 and out == "" and err.count("\n") == 1 and re.search(message, err), err
+
+
+def test_images_of_a_mapped_file_are_taken_without_a_warning(recwarn):
+    """PyTorch warns once a process of arrays that cannot be written to."""
+    images = np.zeros((2, 4, 4, 1), np.uint8)
+    images.flags.writeable = False
+    seen = []
+    fid.Extractor("a test", "a test", 1, None, torch.device("cpu"), seen.append)(images)
+    seen[0].add_(1)
+    assert images.sum() == 0 and not recwarn.list
