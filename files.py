@@ -258,10 +258,16 @@ def file_hash(path, algorithm="sha256"):
     return digest.hexdigest()
 
 
-def json_lines(path):
-    """The values of a file of results, one of JSON a line; none if there is no such file. Raises `UserError` if it is damaged."""
-    with reading(path, "a file of results", "correct or remove it"):
-        return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+def json_lines(path, *keys):
+    """The values of a file of results, one of JSON a line; none if there is no such file.
+
+    Raises `UserError` if it is damaged, or if a line lacks one of `keys`: then it is of another program.
+    """
+    with reading(path, "a file of results", "correct it or give another --results"):
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+        if not all(row.keys() >= set(keys) for row in rows):
+            raise ValueError("lines of another program")
+        return rows
 
 
 def status(text, end=""):

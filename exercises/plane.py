@@ -29,9 +29,8 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT)]
-import files  # noqa: E402
 import runtime  # noqa: E402
-from files import UserError  # noqa: E402
+from files import UserError, json_lines  # noqa: E402
 from networks import Config, parameter_count, preconditioning  # noqa: E402
 from pretrain import denoising_loss  # noqa: E402
 from train_diffratio import generator_loss, ratio_loss  # noqa: E402
@@ -541,8 +540,7 @@ def main():
                 settings = {**common, **table[regime], **({"steps": args.steps} if args.steps else {})}
                 settings = json.loads(json.dumps(settings))  # as they are read again: tuples become lists
                 key = {"part": part, "regime": regime, "seed": seed, "settings": settings}
-                with files.reading(args.results, "a file of these results", "give another --results"):
-                    found = [row for row in files.json_lines(args.results) if all(row[k] == v for k, v in key.items())]
+                found = [row for row in json_lines(args.results, *key) if all(row[k] == v for k, v in key.items())]
                 if not found and args.part in (part, "all"):
                     print(f"{part}: {regime}, seed {seed}", flush=True)
                     found = [{**key, **measure(settings, seed)}]

@@ -209,8 +209,7 @@ def measured(folder, measures, seed):
 
 def results(path):
     """{(run, seed): its line} of a file of results."""
-    with files.reading(path, "a file of results", "correct it or give another --results"):
-        return {(line["run"], line["seed"]): line for line in files.json_lines(path)}
+    return {(line["run"], line["seed"]): line for line in files.json_lines(path, "run", "seed")}
 
 
 def table(exercise, rows, found, seeds):

@@ -239,10 +239,12 @@ def sweep(args, seed, settings, recipes):
     held_out = {view: measures.features(view, dataset.images[judged]) for view in measures.views if not measures.has_test}
     parts = ((dataset, train), (dataset, stop), (measures.reference, torch.arange(2000).numpy() if measures.has_test else judged))
     real = [source.to_model(source.batch(part)[0], "cpu") for source, part in parts]
-    pool = draw_candidates(net, range(10**6, 10**6 + args.pool), seed, 1)[:, 0]
-    fake, fake_stop = pool[:args.pool * 9 // 10], pool[args.pool * 9 // 10:]
+    pool = range(10**6, 10**6 + args.pool)
+    learn, stop_early = pool[:args.pool * 9 // 10], pool[args.pool * 9 // 10:]
+    fake_stop = draw_candidates(net, stop_early, seed, 1)[:, 0]
     nets = {"blind": networks.RatioNetwork(ratio.config).eval(), "trained": ratio}  # the head of the first is still zero
     if {RECIPES[recipe][0] for recipe in recipes} - nets.keys():
+        fake = draw_candidates(net, learn, seed, 1)[:, 0]
         nets |= ratio_networks(args, seed, settings, ratio, (real[0], fake), (real[1], fake_stop))
     candidates, rows = draw_candidates(net, range(args.samples), seed, max(CANDIDATES)), torch.arange(args.samples)
     columns = [data.to_uint8(candidates[:, k]) for k in range(max(CANDIDATES))]
@@ -334,10 +336,9 @@ def main():
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def measured():
-        with files.reading(path, "a file of results", "correct it or give another --results"):
-            rows = [row for row in files.json_lines(path) if row["data"] == args.data and row["seed"] in seeds]
-            if any(row.get(name) != value for row in rows for name, value in wanted[row["seed"]].items()):
-                raise UserError("holds lines of other networks or settings; give another --results")
+        rows = [row for row in files.json_lines(path, "data", "seed", "recipe") if row["data"] == args.data and row["seed"] in seeds]
+        if any(row.get(name) != value for row in rows for name, value in wanted[row["seed"]].items()):
+            raise UserError(f"{path} holds lines of other networks or settings; give another --results")
         return rows
 
     for seed in seeds:

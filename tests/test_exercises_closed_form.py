@@ -220,7 +220,7 @@ def test_plane_runs_and_does_not_run_again(call, refused, tmp_path, capsys):
 
 
 def test_results_of_the_plane_are_of_the_settings_in_its_tables_and_say_what_the_page_says():
-    rows = plane.files.json_lines(ROOT / "exercises" / "results" / "plane.jsonl")
+    rows = plane.json_lines(ROOT / "exercises" / "results" / "plane.jsonl")
     for part, (table, common, _) in plane.PARTS.items():
         for regime, changes in table.items():
             settings = json.loads(json.dumps({**common, **changes}))

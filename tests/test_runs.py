@@ -307,6 +307,17 @@ def test_lengths_of_the_learning_rate_are_not_negative(refused, tmp_path, flag, 
     assert flag in refused(pretrain, f"{flag}={value}", "--outdir", tmp_path / "x") and not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("flag, value", [("--lr-decay-kimg", "-1"), ("--fid-images", "1")])
+def test_what_stage_2_could_not_use_is_refused_before_it_trains(refused, stage1, tmp_path, flag, value):
+    args = [flag, value, "--fid-every", "1", "--init", stage1 / "network.pt", "--outdir", tmp_path / "x"]
+    assert flag in refused(train_diffratio, *args) and not (tmp_path / "x").exists()
+
+
+def test_the_shortest_run_is_one_step(call, tmp_path):
+    call(pretrain, *SHORT, "--kimg", "0.0001", "--outdir", tmp_path)
+    assert files.load_checkpoint(tmp_path / "checkpoint.pt")["nimg"] == 32 and (tmp_path / "network.pt").exists()
+
+
 def test_a_full_disk_is_one_line_and_keeps_the_file_before(tmp_path):
     """As the system says it; torch's writer would say "unexpected pos"."""
     files.save_checkpoint({"kind": "a test", "a": torch.ones(3)}, tmp_path / "c.pt")

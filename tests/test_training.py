@@ -311,6 +311,10 @@ def test_latents_are_written_where_diffusers_is_missing(call, refused, tmp_path,
     assert "pip install diffusers" in capsys.readouterr().out
     assert np.load(tmp_path / "latents.npz")["latents"].shape == (2, 4, 16, 16)
     assert "pip install diffusers" in refused(sample, "--network", tmp_path / "n.pt", "--out", tmp_path / "x.png")
+    pictures = networks.Denoiser(dataclasses.replace(config, img_channels=3))  # of this architecture, and no latents
+    checkpoints.save_network(tmp_path / "n.pt", pictures, role="generator", t_init=2.5)
+    call(sample, "--network", tmp_path / "n.pt", "--n", "2", "--out", tmp_path / "pictures.npz")
+    assert data.load(tmp_path / "pictures.npz").images.shape == (2, 16, 16, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------
