@@ -30,7 +30,7 @@ EXPECTED = {
 
 def nearest_digit_shares(images, dataset):
     """Share of each digit [10] among images uint8 [N, H, W, 1], by nearest neighbour in the data."""
-    x, known = (torch.from_numpy(a.reshape(len(a), -1)).float() for a in (images, dataset.images))
+    x, known = (torch.from_numpy(a.reshape(len(a), -1).astype(np.float32)) for a in (images, dataset.images))
     nearest = torch.cat([torch.cdist(part, known).argmin(dim=1) for part in x.split(1000)])
     return np.bincount(dataset.labels[nearest.numpy()], minlength=10) / len(images)
 
