@@ -13,7 +13,7 @@ PY = .venv/bin/python
 demo: .venv/ready
 	$(PY) pretrain.py --seed $(SEED) --outdir $(OUT)/pretrain
 	$(PY) train_diffratio.py --seed $(SEED) --init $(OUT)/pretrain/network.pt --outdir $(OUT)/dijs
-	$(PY) examples/demo.py --pretrained $(OUT)/pretrain/network.pt --generator $(OUT)/dijs/network.pt --outdir $(OUT) --seed $(SEED)
+	$(PY) exercises/demo.py --pretrained $(OUT)/pretrain/network.pt --generator $(OUT)/dijs/network.pt --outdir $(OUT) --seed $(SEED)
 
 test: .venv/ready
 	$(PY) -m pytest -q tests
@@ -21,8 +21,8 @@ test: .venv/ready
 exercises: .venv/ready-exercises
 	$(PY) exercises/warmups.py
 
-.venv/ready-exercises: requirements-exercises.txt .venv/ready
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-exercises.txt
+.venv/ready-exercises: .venv/ready
+	$(PY) -m pip install --quiet --disable-pip-version-check matplotlib==3.10.9
 	@touch $@
 
 .venv/ready: requirements.txt

@@ -28,13 +28,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import checkpoints
-import data
-import files
+from machinery import checkpoints
+from machinery import data
+from machinery import files
 import networks
-import runtime
-from files import UserError
-from runtime import positive
+from machinery import training
+from machinery.files import UserError
+from machinery.training import positive
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
@@ -426,7 +426,7 @@ def random_choice(n, limit):
 
     Not the first ones: many sets are sorted by class.
     """
-    return torch.randperm(n, generator=runtime.rng("cpu", "pairs"))[:limit].sort().values
+    return torch.randperm(n, generator=training.rng("cpu", "pairs"))[:limit].sort().values
 
 
 class Rows:
@@ -485,7 +485,7 @@ def measure_dataset(extractor, dataset, rt, batch=64, indices=None):
         content = hashlib.sha256(f"{content} {np.asarray(indices).tolist()}".encode()).hexdigest()
     n = len(indices)
     start, stop = n * rt.rank // rt.world_size, n * (rt.rank + 1) // rt.world_size
-    progress = runtime.Progress(0, stop - start)
+    progress = training.Progress(0, stop - start)
 
     def batches():
         for i in range(start, stop, batch):
@@ -539,7 +539,7 @@ def check_images(extractor, dataset):
 
 def split_half(n, seed=0):
     """Two disjoint random halves of range(n), each n // 2 sorted indices: the distance of data from itself."""
-    order = torch.randperm(n, generator=runtime.rng("cpu", seed, "halves")).numpy()
+    order = torch.randperm(n, generator=training.rng("cpu", seed, "halves")).numpy()
     return np.sort(order[:n // 2]), np.sort(order[n // 2:n // 2 * 2])
 
 
@@ -593,7 +593,7 @@ def kernel_distance(reference, samples, subsets=100, size=1000, seed=0):
     size = min(size, len(reference), len(samples))
     if size < 2:
         raise UserError("KID needs at least 2 images on each side")
-    generator, estimates = runtime.rng("cpu", seed, "subsets"), []
+    generator, estimates = training.rng("cpu", seed, "subsets"), []
 
     def kernel(x, y):
         return (x @ y.T).div_(x.shape[1]).add_(1).pow_(3)
@@ -646,7 +646,7 @@ def precision_recall(reference, samples, k=3):
 
 
 def arguments():
-    parser = runtime.Parser(__doc__)
+    parser = training.Parser(__doc__)
     add = parser.add_argument
     add("samples", metavar="SAMPLES", help="data set name, folder, zip, .npz of images or .npz of statistics")
     add("reference", metavar="REFERENCE", help="the same; in published tables the training set")
@@ -680,7 +680,7 @@ def open_side(spec, resolution=None):
 
 def main():
     args = arguments()
-    rt = runtime.start(args.device)
+    rt = training.start(args.device)
 
     # All that can be wrong is found before the features are computed, which may take an hour.
     specs = (args.samples, args.reference)
@@ -701,7 +701,7 @@ def main():
     def chosen(dataset, side):
         if args.count is None or args.count >= len(dataset):
             return None
-        order = torch.randperm(len(dataset), generator=runtime.rng("cpu", args.seed, side))
+        order = torch.randperm(len(dataset), generator=training.rng("cpu", args.seed, side))
         return np.sort(order[:args.count].numpy())
 
     a, score, b = samples, None, reference
@@ -745,4 +745,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    training.run(main)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import UserError
+from machinery.files import UserError
 
 # ---------------------------------------------------------------------------------------------------------
 # Configurations.

@@ -16,13 +16,13 @@ import dataclasses
 
 import torch
 
-import checkpoints
-import data
+from machinery import checkpoints
+from machinery import data
 import networks
-import runtime
+from machinery import training
 import sample
-from files import UserError
-from runtime import Parser, fraction, not_negative, positive
+from machinery.files import UserError
+from machinery.training import Parser, fraction, not_negative, positive
 
 # ---------------------------------------------------------------------------------------------------------
 # Settings. The defaults of each preset; every flag overrides.
@@ -89,7 +89,7 @@ def arguments():
     add("--ema-halflife-kimg", type=positive(float), metavar="N", help="half-life of the averaged weights, thousands of images")
     add("--p-mean", type=float, metavar="X", help="mean of ln sigma, sigma being the noise level trained on")
     add("--p-std", type=positive(float), metavar="X", help="standard deviation of ln sigma")
-    args = runtime.parse_args(parser, PRESETS)
+    args = training.parse_args(parser, PRESETS)
     args.outdir = args.outdir or f"runs/{args.preset}/pretrain"
     return args
 
@@ -138,7 +138,7 @@ def network_config(name, dataset, cond, dropout=None):
 
 def main():
     args = arguments()
-    rt = runtime.start(args.device, args.precision)
+    rt = training.start(args.device, args.precision)
 
     # Data and networks. The same seed on every rank: all start from the same weights.
     dataset = rt.main_first(lambda: data.load(args.data, resolution=args.resolution))
@@ -148,8 +148,8 @@ def main():
     networks.normalize_weights(net)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     ema.about = {"role": "denoiser"}
-    learner = runtime.Learner(net, rt, args.lr, (0.9, args.beta2), args.batch, args.micro_batch)
-    run = runtime.Run(args, rt, "stage 1", dict(net=net, ema=ema, optimizer=learner.optimizer, scaler=learner.scaler))
+    learner = training.Learner(net, rt, args.lr, (0.9, args.beta2), args.batch, args.micro_batch)
+    run = training.Run(args, rt, "stage 1", dict(net=net, ema=ema, optimizer=learner.optimizer, scaler=learner.scaler))
     config = net.config
     rt.print(
         f"stage 1: {config.architecture}, {networks.parameter_count(net) / 1e6:.2f} M parameters, "
@@ -165,12 +165,12 @@ def main():
 
     while run.goes_on():
         # A batch, its noise levels and its noise.
-        draw = runtime.Draw(rt, args.batch, args.seed, run.nimg, "pretrain")
+        draw = training.Draw(rt, args.batch, args.seed, run.nimg, "pretrain")
         x, labels = batches.training_batch(draw, args.xflip)
         sigma, eps = (draw.normal() * args.p_std + args.p_mean).exp(), draw.normal(*x.shape[1:])
 
         # One step of the denoiser. Masks of dropout follow the rank and the micro-batch.
-        torch.manual_seed(runtime.seed_of(args.seed, run.nimg, rt.rank, "dropout"))
+        torch.manual_seed(training.seed_of(args.seed, run.nimg, rt.rank, "dropout"))
         learner.step(learning_rate(args, run.nimg + args.batch), loss, x, sigma, eps, labels if args.cond else None)
         networks.normalize_weights(net)
         run.advance()
@@ -190,4 +190,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    training.run(main)

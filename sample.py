@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoints
-import data
+from machinery import checkpoints
+from machinery import data
 import networks
-import runtime
-from files import UserError
+from machinery import training
+from machinery.files import UserError
 
 DIGITS = str(Path(__file__).parent / "assets" / "digits.pt")  # the generator of `make demo`
 
@@ -81,11 +81,11 @@ def inputs(config, indices, seed, device, label=None, candidate=0):
     `candidate` numbers further draws of the same image (and class).
     """
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
-    z = torch.stack([torch.randn(shape, generator=runtime.rng("cpu", seed, i, candidate, "z")) for i in indices])
+    z = torch.stack([torch.randn(shape, generator=training.rng("cpu", seed, i, candidate, "z")) for i in indices])
     if not config.label_dim:
         return z.to(device), None
     if label is None:
-        labels = [torch.randint(config.label_dim, [], generator=runtime.rng("cpu", seed, i, "class")).item() for i in indices]
+        labels = [torch.randint(config.label_dim, [], generator=training.rng("cpu", seed, i, "class")).item() for i in indices]
     else:
         labels = [i % config.label_dim if label == "each" else label for i in indices]
     return z.to(device), torch.tensor(labels, device=device)
@@ -108,7 +108,7 @@ def pick(h, indices, seed, best=False):
     if best:
         kept = h.argmax(dim=1)
     else:
-        draws = [w.multinomial(1, generator=runtime.rng("cpu", seed, i, "choice")) for i, w in zip(indices, weights.cpu())]
+        draws = [w.multinomial(1, generator=training.rng("cpu", seed, i, "choice")) for i, w in zip(indices, weights.cpu())]
         kept = torch.cat(draws).to(h.device)
     return kept, 1 / weights.square().sum(dim=1)
 
@@ -119,7 +119,7 @@ def choose(net, ratio, indices, seed, device, candidates, sigma, label=None, bes
 
     Candidate k is kept with probability proportional to exp(h_k), the estimated ratio of data to generator density at
     noise level sigma (importance resampling), or, with `best`, if h_k is the largest (the mode-seeking limit). What is
-    told apart under noise is corrected only as far as the noise leaves it visible: METHOD.md, section 5.
+    told apart under noise is corrected only as far as the noise leaves it visible: docs/method.md, section 5.
     Returns images [n, C, H, W], labels [n] or None, and the effective sample size [n] (1 to `candidates`) of the weights.
     """
     images, logits = [], []
@@ -192,21 +192,21 @@ class_number.__name__ = 'class number or "each"'  # in argparse's message
 
 
 def arguments():
-    parser = runtime.Parser(__doc__)
+    parser = training.Parser(__doc__)
     add = parser.add_argument
     add("--network", default=DIGITS, metavar="PATH", help="network.pt of either stage, or a published EDM or EDM2 pickle")
-    add("--n", type=runtime.positive(int), default=64, metavar="N", help="number of images")
+    add("--n", type=training.positive(int), default=64, metavar="N", help="number of images")
     add("--seed", type=int, default=0, metavar="S", help="seed; image i of a seed is the same in any batch")
     add("--out", default="samples.png", metavar="PATH", help="a .png (grid), a .npz (batch) or a new folder (PNG files)")
-    add("--steps", type=runtime.positive(int), default=18, metavar="N", help="Heun steps, for stage-1 networks")
-    add("--one-step", type=runtime.positive(float), metavar="T", help="one step from a stage-1 network, at noise level T")
+    add("--steps", type=training.positive(int), default=18, metavar="N", help="Heun steps, for stage-1 networks")
+    add("--one-step", type=training.positive(float), metavar="T", help="one step from a stage-1 network, at noise level T")
     add("--class", dest="label", type=class_number, metavar="C|each", help="class of all images, or each in turn (default: random)")
-    add("--batch", type=runtime.positive(int), default=64, metavar="N", help="images at once; changes the memory only")
+    add("--batch", type=training.positive(int), default=64, metavar="N", help="images at once; changes the memory only")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is any")
     add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="fp32", help="of the network's arithmetic")
     add("--ratio", metavar="PATH", help="ratio.pt of stage 2, for --candidates")
-    add("--candidates", type=runtime.positive(int), default=1, metavar="K", help="draw K per image and keep one by the ratio")
-    add("--ratio-sigma", type=runtime.positive(float), default=0.1, metavar="X", help="noise level at which it is read")
+    add("--candidates", type=training.positive(int), default=1, metavar="K", help="draw K per image and keep one by the ratio")
+    add("--ratio-sigma", type=training.positive(float), default=0.1, metavar="X", help="noise level at which it is read")
     add("--best", action="store_true", help="keep the candidate of largest ratio instead of resampling")
     add("--vae", default=VAE, metavar="NAME|PATH", help="decoder for latents (needs diffusers)")
     return parser.parse_args()
@@ -214,7 +214,7 @@ def arguments():
 
 def main():
     args = arguments()
-    rt = runtime.start(args.device, args.precision, alone=True)
+    rt = training.start(args.device, args.precision, alone=True)
     net = checkpoints.load_network(args.network)
     role, config = net.about["role"], net.config
     if args.one_step and role != "denoiser":
@@ -269,4 +269,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    training.run(main)

@@ -34,15 +34,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import checkpoints
-import data
+from machinery import checkpoints
+from machinery import data
 import fid
 import networks
 import pretrain
-import runtime
+from machinery import training
 import sample
-from files import UserError
-from runtime import Parser, fraction, not_negative, positive
+from machinery.files import UserError
+from machinery.training import Parser, fraction, not_negative, positive
 
 # ---------------------------------------------------------------------------------------------------------
 # Settings. The defaults of each preset; every flag overrides.
@@ -80,7 +80,7 @@ PRESETS = {
         ema_halflife_kimg=20.0,  # of the averaged generator, thousands of images
         log_kimg=5.0, grid_kimg=25.0, save_kimg=25.0,
     ),
-    # Two ratio steps: with one the ratio falls behind the generator early in the run (METHOD.md, section 5).
+    # Two ratio steps: with one the ratio falls behind the generator early in the run (docs/method.md, section 5).
     "fashion-mnist": dict(
         COMMON, data="fashion-mnist", init="runs/fashion-mnist/pretrain/network.pt", kimg=448.0, batch=64, lr=1e-4,
         ratio_lr=3e-4, ratio_steps=2, lr_decay_kimg=None, ema_halflife_kimg=20.0, log_kimg=4.0, grid_kimg=32.0, save_kimg=16.0,
@@ -133,7 +133,7 @@ def arguments():
     add("--fid-features", metavar="PATH", help="stage-1 network whose features to use (default: Inception)")
     add("--inception", metavar="PATH", help="Inception weights (default: torch's hub cache, filled by a download)")
     add("--xflip", action=argparse.BooleanOptionalAction, help="flip half of the images horizontally")
-    args = runtime.parse_args(parser, PRESETS)
+    args = training.parse_args(parser, PRESETS)
     args.outdir = args.outdir or f"runs/{args.preset}/{args.divergence}"
     if args.fid_images < 2:
         parser.error("--fid-images: a covariance needs at least 2")
@@ -143,7 +143,7 @@ def arguments():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The method. METHOD.md derives each formula. Everywhere h = log p_sigma / q_sigma, data over generator, and u = q / p.
+# The method. docs/method.md derives each formula. Everywhere h = log p_sigma / q_sigma, data over generator, and u = q / p.
 
 # D_f(q || p) = E_p[f(u)]. Its gradient is that of the mean over samples of q of f'(u), with u held fixed: the derivative
 # of the integral of p f(q/p) is the integral of f'(q/p) dq. So a line gives f'(exp(-h)), up to a constant, which drops
@@ -192,7 +192,7 @@ def learning_rate_factor(args, nimg):
 
 def main():
     args = arguments()
-    rt = runtime.start(args.device, args.precision)
+    rt = training.start(args.device, args.precision)
 
     # Data, generator, ratio network. Dropout is off: the generator is a function of z, and the loss its gradient.
     dataset = rt.main_first(lambda: data.load(args.data, resolution=args.resolution))
@@ -213,9 +213,9 @@ def main():
 
     # beta1 = 0: the gradient field moves with the ratio network, and momentum along an old field makes both collapse.
     betas = (args.beta1, args.beta2)
-    generator_learner = runtime.Learner(generator, rt, args.lr, betas, args.batch, args.micro_batch)
-    ratio_learner = runtime.Learner(ratio, rt, args.ratio_lr, betas, args.batch, args.micro_batch)
-    run = runtime.Run(
+    generator_learner = training.Learner(generator, rt, args.lr, betas, args.batch, args.micro_batch)
+    ratio_learner = training.Learner(ratio, rt, args.ratio_lr, betas, args.batch, args.micro_batch)
+    run = training.Run(
         args, rt, "stage 2",
         dict(generator=generator, ratio=ratio, ema=ema, generator_opt=generator_learner.optimizer,
              ratio_opt=ratio_learner.optimizer, generator_scaler=generator_learner.scaler, ratio_scaler=ratio_learner.scaler),
@@ -276,7 +276,7 @@ def main():
         # that is a step behind the generator that follows it left the digits twice as far away (exercises/README.md, 5).
         ratio.requires_grad_(True)
         for step in range(args.ratio_steps):
-            draw = runtime.Draw(rt, args.batch, args.seed, run.nimg, step, "stage 2")
+            draw = training.Draw(rt, args.batch, args.seed, run.nimg, step, "stage 2")
             real, labels = batches.training_batch(draw, args.xflip)
             labels = labels if config.label_dim else None  # the samples carry the classes of the data
             z, sigma = draw.normal(*shape), noise_levels(args, draw)
@@ -389,4 +389,4 @@ def load_init(args, dataset):
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    training.run(main)

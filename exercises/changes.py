@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from files import UserError  # noqa: E402
+from machinery.files import UserError  # noqa: E402
 
 MORE_DIVERGENCES = (  # further lines for the table of divergences: exercise 2
     '"jeffreys": lambda h: -h - torch.exp(h),  # both Kullback-Leibler divergences, f(u) = (u - 1) ln u',

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
+from machinery import data  # noqa: E402
 import fid  # noqa: E402
-import files  # noqa: E402
-import runtime  # noqa: E402
+from machinery import files  # noqa: E402
+from machinery import training  # noqa: E402
 
 VERSION = 2  # of what follows: whoever changes the network or its training changes it, and the cached weights are left
 
@@ -48,7 +48,7 @@ class Classifier(nn.Module):
 
 def train(dataset, images, seed=0, batch=100):
     """A `Classifier` of `dataset`, trained on so many images with AdamW, the rate falling to zero along half a cosine."""
-    torch.manual_seed(runtime.seed_of(seed, "classifier"))
+    torch.manual_seed(training.seed_of(seed, "classifier"))
     net = Classifier(dataset.channels, dataset.resolution, dataset.label_dim).train()
     steps = images // batch
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.01)
@@ -99,7 +99,7 @@ def extractor(net, dataset):
 
 
 def main():
-    parser = runtime.Parser(__doc__)
+    parser = training.Parser(__doc__)
     parser.add_argument("data", metavar="NAME|PATH", help="a data set with labels")
     args = parser.parse_args()
     dataset = data.load(args.data)
@@ -117,4 +117,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    training.run(main)

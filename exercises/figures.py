@@ -14,13 +14,13 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import checkpoints  # noqa: E402
-import data  # noqa: E402
+from machinery import checkpoints  # noqa: E402
+from machinery import data  # noqa: E402
 import plane  # noqa: E402
 import run  # noqa: E402
-import runtime  # noqa: E402
+from machinery import training  # noqa: E402
 import sample  # noqa: E402
-from files import UserError, atomic  # noqa: E402
+from machinery.files import UserError, atomic  # noqa: E402
 
 COLUMNS = 12  # samples of a row in the picture
 
@@ -76,7 +76,7 @@ def draw(exercise, results, path):
 
 
 def main():
-    parser = runtime.Parser(__doc__)
+    parser = training.Parser(__doc__)
     parser.add_argument("exercise", choices=list(run.EXERCISES), help="which one")
     parser.add_argument("--results", default=str(HERE / "results" / "runs.jsonl"), metavar="PATH", help="the lines of run.py")
     parser.add_argument("--out", metavar="PATH", help="the picture (default: assets/exercises/NAME.png)")
@@ -87,4 +87,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    training.run(main)

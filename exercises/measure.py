@@ -25,9 +25,9 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import classifier  # noqa: E402
-import data  # noqa: E402
+from machinery import data  # noqa: E402
 import fid  # noqa: E402
-import runtime  # noqa: E402
+from machinery import training  # noqa: E402
 
 LIMIT = fid.PAIRS_LIMIT  # images a side, of more a random choice: precision and recall take all pairs
 NEAREST = 2000  # images whose nearest neighbour among all training images is looked for
@@ -46,7 +46,7 @@ class Measures:
     """
 
     def __init__(self, name, pretrained=None):
-        self.rt = runtime.Runtime(torch.device("cpu"))
+        self.rt = training.Runtime(torch.device("cpu"))
         self.train = data.load(name)
         self.has_test = name in ("fashion-mnist", "cifar10")
         self.reference = data.load(f"{name}:test") if self.has_test else self.train
@@ -157,7 +157,7 @@ def table(rows, columns=COLUMNS):
 
 
 def main():
-    parser = runtime.Parser(__doc__)
+    parser = training.Parser(__doc__)
     parser.add_argument("data", metavar="NAME", help="digits, fashion-mnist, cifar10 or another labelled data set")
     parser.add_argument("samples", nargs="*", metavar="NAME=FILE", help="a row's name and its samples")
     parser.add_argument("--pretrained", metavar="PATH", help="stage-1 network whose features to use as well")
@@ -192,4 +192,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    training.run(main)

@@ -29,8 +29,8 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT)]
-import runtime  # noqa: E402
-from files import UserError, json_lines  # noqa: E402
+from machinery import training  # noqa: E402
+from machinery.files import UserError, json_lines  # noqa: E402
 from networks import Config, parameter_count, preconditioning  # noqa: E402
 from pretrain import denoising_loss  # noqa: E402
 from train_diffratio import generator_loss, ratio_loss  # noqa: E402
@@ -209,7 +209,7 @@ class Noise:
     """Random numbers of a training: points, levels, noise, all of one seed."""
 
     def __init__(self, batch, *key):
-        self.batch, self.rng = batch, runtime.rng("cpu", *key)
+        self.batch, self.rng = batch, training.rng("cpu", *key)
 
     def points(self, source):
         return source.sample(self.batch, self.rng)[:, :, None, None]
@@ -222,7 +222,7 @@ class Noise:
 
 
 def train_ratio(p, q, o, seed):
-    torch.manual_seed(runtime.seed_of(seed, "ratio"))
+    torch.manual_seed(training.seed_of(seed, "ratio"))
     net, noise = Ratio(o["ratio_width"] or o["width"], o["scaled"]), Noise(o["batch"], seed, "ratio")
     trainer = Trainer(net, o["lr"], o["steps"])
     for _ in range(o["steps"]):
@@ -232,7 +232,7 @@ def train_ratio(p, q, o, seed):
 
 
 def train_score(p, o, seed, name, width, steps, start=None):
-    torch.manual_seed(runtime.seed_of(seed, name))
+    torch.manual_seed(training.seed_of(seed, name))
     net, noise = copy.deepcopy(start) or Score(width), Noise(o["batch"], seed, name)
     trainer = Trainer(net, o["lr"], steps)
     for _ in range(steps):
@@ -242,7 +242,7 @@ def train_score(p, o, seed, name, width, steps, start=None):
 
 def known(o, seed):
     """What the networks see of p."""
-    return Sample(spiral(), o["points"], runtime.rng("cpu", seed, "points")) if o["points"] else spiral()
+    return Sample(spiral(), o["points"], training.rng("cpu", seed, "points")) if o["points"] else spiral()
 
 
 TEACHERS = {}  # those that were trained before in this process: several regimes have the same
@@ -271,7 +271,7 @@ def measure_error(o, seed):
     row |= {"scores_parameters": parameter_count(teacher) + parameter_count(student)}
     row |= {f"{name}_{what}": [] for name in ("ratio", "scores") for what in ("error", "cosine")}
     for level in SIGMAS:
-        rng, sigma = runtime.rng("cpu", "plane, test", level), torch.full((4000,), level)
+        rng, sigma = training.rng("cpu", "plane, test", level), torch.full((4000,), level)
         x = q.sample(4000, rng) + level * torch.randn(4000, 2, generator=rng)
         truth = p.score(x, sigma) - q.score(x, sigma)
         found = {"ratio": ratio_gradient(ratio, x, sigma), "scores": score(teacher, x, sigma) - score(student, x, sigma)}
@@ -317,7 +317,7 @@ def run_loop(o, seed):
     p = spiral()
     seen = known(o, seed)
     teacher = train_teacher(o, seed) if o["follow"] == "scores" else None
-    torch.manual_seed(runtime.seed_of(seed, "loop"))
+    torch.manual_seed(training.seed_of(seed, "loop"))
     generator = Affine(*o["start"]) if o["generator"] == "affine" else Small()
     critic = Ratio(o["width"], o["scaled"]) if o["follow"] != "scores" else Score(o["width"])
     if teacher:
@@ -342,7 +342,7 @@ def run_loop(o, seed):
             there = of_p - (generator.score(x, sigma) if teacher is None else score(critic, x, sigma))
         follow.step(-(there * x).sum(1))
     with torch.no_grad():
-        x = generator(torch.randn(2000, 2, generator=runtime.rng("cpu", "plane, test")))
+        x = generator(torch.randn(2000, 2, generator=training.rng("cpu", "plane, test")))
         row = {f"kl_{level}": divergence(x, p, level) for level in (0.1, 0.5)}
         if o["generator"] == "affine":
             row |= {"mean": generator.b.tolist(), "covariance": (generator.a @ generator.a.T).tolist()}
@@ -516,12 +516,12 @@ def draw_loops(rows, folder):
 
 
 def main():
-    parser = runtime.Parser(__doc__)
+    parser = training.Parser(__doc__)
     add = parser.add_argument
     add("part", nargs="?", choices=[*PARTS, "pictures", "all"], default="all", help="what to run")
-    add("--seeds", type=runtime.positive(int), default=1, metavar="N", help="seeds 0 to N - 1")
+    add("--seeds", type=training.positive(int), default=1, metavar="N", help="seeds 0 to N - 1")
     add("--regimes", nargs="+", metavar="NAME", help="some of the regimes (default: all)")
-    add("--steps", type=runtime.positive(int), metavar="N", help="another length of every training (default: the table's)")
+    add("--steps", type=training.positive(int), metavar="N", help="another length of every training (default: the table's)")
     add("--results", type=Path, default=HERE / "results" / "plane.jsonl", metavar="PATH", help="the file of the rows")
     add("--pictures", type=Path, default=ROOT / "assets" / "exercises", metavar="FOLDER", help="where the pictures go")
     args = parser.parse_args()
@@ -560,4 +560,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    training.run(main)

@@ -32,14 +32,14 @@ ROOT = HERE.parent
 WORK = ROOT  # runs/ is in it
 sys.path[:0] = [str(ROOT), str(HERE)]
 import changes  # noqa: E402
-import checkpoints  # noqa: E402
-import data  # noqa: E402
-import files  # noqa: E402
+from machinery import checkpoints  # noqa: E402
+from machinery import data  # noqa: E402
+from machinery import files  # noqa: E402
 import measure  # noqa: E402
-import runtime  # noqa: E402
+from machinery import training  # noqa: E402
 import sample  # noqa: E402
 import verifier  # noqa: E402
-from files import UserError  # noqa: E402
+from machinery.files import UserError  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------
 # The settings of all exercises, as differences from the preset `digits` of the stage scripts.
@@ -183,7 +183,7 @@ def calibration(folder, dataset, seed):
     fake = torch.cat([x for x, _ in sample.in_batches(net, indices, seed, "cpu", 300)])
     real, result = dataset.to_model(dataset.batch(np.arange(len(dataset)))[0], "cpu"), {}
     for level in LEVELS:
-        generator = runtime.rng("cpu", seed, "calibration", str(level))
+        generator = training.rng("cpu", seed, "calibration", str(level))
         noised = [x + level * torch.randn(x.shape, generator=generator) for x in (real, fake)]
         h_real, h_fake = (torch.cat([ratio(a, torch.full((len(a),), level)) for a in x.split(300)]) for x in noised)
         found = verifier.calibration(h_real, h_fake)
@@ -220,10 +220,10 @@ def table(exercise, rows, found, seeds):
 
 
 def main():
-    parser = runtime.Parser(__doc__)
+    parser = training.Parser(__doc__)
     add = parser.add_argument
     add("exercise", nargs="?", choices=list(EXERCISES), help="which one")
-    add("--seeds", type=runtime.positive(int), default=1, metavar="N", help="seeds 0 to N - 1")
+    add("--seeds", type=training.positive(int), default=1, metavar="N", help="seeds 0 to N - 1")
     add("--first-seed", type=int, default=0, metavar="N", help="leave out those before N, for two processes side by side (after `stage-1` has "
         "made its network of one level)")  # fmt: skip
     add("--rows", nargs="+", metavar="ROW", help="only these rows (default: all)")
@@ -273,4 +273,4 @@ def run_all(args, rows):
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    training.run(main)

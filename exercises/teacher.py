@@ -26,15 +26,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-import checkpoints  # noqa: E402
-import data  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
+from machinery import checkpoints  # noqa: E402
+from machinery import data  # noqa: E402
 import networks  # noqa: E402
 import pretrain  # noqa: E402
-import runtime  # noqa: E402
+from machinery import training  # noqa: E402
 import sample  # noqa: E402
 import train_diffratio  # noqa: E402
-from runtime import positive  # noqa: E402
+from machinery.training import positive  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------
 # Settings: those of train_diffratio.py, without what concerns the ratio network, and the rates of each method.
@@ -51,7 +51,7 @@ PRESETS = {
 
 
 def arguments():
-    parser = runtime.Parser(__doc__)
+    parser = training.Parser(__doc__)
     add = parser.add_argument
     add("--method", choices=list(METHODS), default="vsd", help="what the generator follows")
     add("--init", metavar="PATH", help="network of stage 1: the teacher, and the start of the student and of the generator")
@@ -61,7 +61,7 @@ def arguments():
     add("--fid-images", type=positive(int), default=50_000, metavar="N", help="samples per measurement")
     add("--fid-features", metavar="PATH", help="stage-1 network whose features to use (default: Inception)")
     add("--cost", choices=list(networks.NETWORKS), help="measure an iteration of each method with this network, train nothing")
-    args = runtime.parse_args(parser, PRESETS)
+    args = training.parse_args(parser, PRESETS)
     args.outdir = args.outdir or f"runs/exercises/teacher/{args.method}-{args.seed}"
     args.lr, args.score_lr = args.lr or RATES[args.method]["lr"], args.score_lr or RATES[args.method]["score_lr"]
     if args.micro_batch:
@@ -139,7 +139,7 @@ def iteration(method, nets, learners, rates, z, labels, t_init, score_noise, noi
 
 def main():
     args = arguments()
-    rt = runtime.start(args.device, args.precision)
+    rt = training.start(args.device, args.precision)
     if args.cost:
         return cost(args, rt)
 
@@ -155,10 +155,10 @@ def main():
         networks.normalize_weights(net)
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
     ema.about = {"role": "generator", "t_init": args.t_init}
-    learners = [runtime.Learner(net, rt, args.lr, (args.beta1, args.beta2), args.batch) for net in (generator, student)]
+    learners = [training.Learner(net, rt, args.lr, (args.beta1, args.beta2), args.batch) for net in (generator, student)]
     parts = dict(generator=generator, student=student, ema=ema, generator_opt=learners[0].optimizer,
                  student_opt=learners[1].optimizer, generator_scaler=learners[0].scaler, student_scaler=learners[1].scaler)  # fmt: skip
-    run = runtime.Run(args, rt, f"stage 2 with a teacher, {args.method}", parts)
+    run = training.Run(args, rt, f"stage 2 with a teacher, {args.method}", parts)
     measure_fid = train_diffratio.fid_measurement(args, dataset, rt) if args.fid_every else None
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
 
@@ -175,7 +175,7 @@ def main():
     log_fid()  # if the run was stopped before this
     while run.goes_on():
         factor = train_diffratio.learning_rate_factor(args, run.nimg)
-        draw = runtime.Draw(rt, args.batch, args.seed, run.nimg, 0, "stage 2")
+        draw = training.Draw(rt, args.batch, args.seed, run.nimg, 0, "stage 2")
         labels = (draw.uniform() * config.label_dim).long() if config.label_dim else None
         z = draw.normal(*shape)
         score_noise, noise = [(train_diffratio.noise_levels(args, draw), draw.normal(*shape)) for _ in range(2)]
@@ -218,4 +218,4 @@ def cost(args, rt):
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    training.run(main)

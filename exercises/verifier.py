@@ -30,16 +30,16 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
-import checkpoints  # noqa: E402
-import data  # noqa: E402
+from machinery import checkpoints  # noqa: E402
+from machinery import data  # noqa: E402
 import fid  # noqa: E402
-import files  # noqa: E402
+from machinery import files  # noqa: E402
 import measure  # noqa: E402
 import networks  # noqa: E402
-import runtime  # noqa: E402
+from machinery import training  # noqa: E402
 import sample  # noqa: E402
 import train_diffratio  # noqa: E402
-from files import UserError  # noqa: E402
+from machinery.files import UserError  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------
 # All settings.
@@ -67,7 +67,7 @@ RECIPES = {  # name: (ratio network, noise draws over which h is averaged, tempe
     "temperature": ("best", 1, True),
     "all together": ("r1-average", 4, True),
 }
-CPU = runtime.Runtime(torch.device("cpu"))
+CPU = training.Runtime(torch.device("cpu"))
 
 # ---------------------------------------------------------------------------------------------------------
 # Choosing as sample.choose does, from candidates that are drawn once.
@@ -102,10 +102,10 @@ def train_on(ratio, train, stop, steps, halflife, settings, seed, penalty=0.0):
     """
     ratio = copy.deepcopy(ratio).train().requires_grad_(True)
     average = copy.deepcopy(ratio).eval().requires_grad_(False)
-    learner, kept, curve = runtime.Learner(ratio, CPU, LR, (0.0, 0.999), BATCH), {}, []
+    learner, kept, curve = training.Learner(ratio, CPU, LR, (0.0, 0.999), BATCH), {}, []
 
     def batch(pair, n, *key):
-        draw = runtime.Draw(CPU, n, seed, *key)
+        draw = training.Draw(CPU, n, seed, *key)
         real, fake = (images[(draw.uniform() * len(images)).long()] for images in pair)
         return real, fake, train_diffratio.noise_levels(settings, draw), *(draw.normal(*real.shape[1:]) for _ in range(2))
 
@@ -233,7 +233,7 @@ def sweep(args, seed, settings, recipes):
     dataset = data.load(args.data)
     if (net.config.img_resolution, net.config.img_channels) != (dataset.resolution, dataset.channels):
         raise UserError(f"{path}: a generator of other images than those of {args.data}; --data names what it was trained on")
-    order = torch.randperm(len(dataset), generator=runtime.rng("cpu", seed, "split")).numpy()
+    order = torch.randperm(len(dataset), generator=training.rng("cpu", seed, "split")).numpy()
     train, stop, judged = (order[len(order) * a // 10:len(order) * b // 10] for a, b in ((0, 8), (8, 9), (9, 10)))
     measures = measure.Measures(args.data, args.pretrained)
     held_out = {view: measures.features(view, dataset.images[judged]) for view in measures.views if not measures.has_test}
@@ -313,16 +313,16 @@ def table(rows):
 
 
 def main():
-    parser = runtime.Parser(__doc__)
+    parser = training.Parser(__doc__)
     add = parser.add_argument
     add("--data", choices=list(DATA), default="digits", help="what the generator was trained on")
     add("--network", default=str(ROOT / "assets" / "{data}.pt"), metavar="PATH", help="the generator; {data} and {seed} are replaced")
     add("--ratio", default=str(ROOT / "assets" / "{data}-ratio.pt"), metavar="PATH", help="its ratio network, in the same way")
     add("--pretrained", metavar="PATH", help="stage-1 network of the second view (default: that of `make demo`, or of assets/)")
-    add("--seeds", type=runtime.positive(int), default=1, metavar="N", help="how many")
+    add("--seeds", type=training.positive(int), default=1, metavar="N", help="how many")
     add("--first-seed", type=int, default=0, metavar="S", help="the first of them; new seeds confirm what others suggest")
     for name in ("samples", "pool", "steps"):
-        add(f"--{name}", type=runtime.positive(int), metavar="N", help=f"(default: {DATA['digits'][name]} or {DATA['fashion-mnist'][name]})")
+        add(f"--{name}", type=training.positive(int), metavar="N", help=f"(default: {DATA['digits'][name]} or {DATA['fashion-mnist'][name]})")
     add("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="NAME", help="which to measure: %(choices)s (default: all)")
     add("--outdir", default="runs/exercises/verifier", metavar="DIR", help="for the ratio networks")
     add("--results", default=str(ROOT / "exercises" / "results" / "verifier.jsonl"), metavar="PATH", help="JSON lines to add to")
@@ -352,4 +352,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    training.run(main)

@@ -26,13 +26,13 @@ import torch
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
-import checkpoints  # noqa: E402
+from machinery import checkpoints  # noqa: E402
 import classifier  # noqa: E402
-import data  # noqa: E402
+from machinery import data  # noqa: E402
 import fid  # noqa: E402
-import runtime  # noqa: E402
+from machinery import training  # noqa: E402
 import sample  # noqa: E402
-from files import UserError, reading  # noqa: E402
+from machinery.files import UserError, reading  # noqa: E402
 from train_diffratio import BANDS, DIVERGENCES, band_statistics, band_sums  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------
@@ -119,14 +119,14 @@ def ratio_network():
 @torch.no_grad()
 def logits(ratio, x, sigma, seed):
     """The logit [n] of x + sigma eps, for images x [n, 1, 8, 8] and levels sigma [n]."""
-    eps = torch.randn(x.shape, generator=runtime.rng("cpu", seed, "warm-up noise"))
+    eps = torch.randn(x.shape, generator=training.rng("cpu", seed, "warm-up noise"))
     parts = zip((x + sigma[:, None, None, None] * eps).split(600), sigma.split(600))
     return torch.cat([ratio(part, level) for part, level in parts])
 
 
 def training_levels(n, key):
     """Noise levels [n] as stage 2 draws them."""
-    return (torch.randn(n, generator=runtime.rng("cpu", key, "warm-up levels")) * 1.2 - 1.2).exp()
+    return (torch.randn(n, generator=training.rng("cpu", key, "warm-up levels")) * 1.2 - 1.2).exp()
 
 
 def both_logits(seed, noises):
@@ -203,7 +203,7 @@ class Distances:
     def __init__(self, stage1):
         if not Path(stage1).exists():
             raise UserError(f"{stage1} is missing: run `make demo` first, or `python pretrain.py`, or give --pretrained PATH")
-        self.rt, digits = runtime.Runtime(torch.device("cpu")), data.load("digits")
+        self.rt, digits = training.Runtime(torch.device("cpu")), data.load("digits")
         views = [classifier.extractor(classifier.load(digits), digits), fid.network_features(self.rt, str(stage1))]
         self.views = dict(zip(("classifier", "stage 1"), views))
         self.reference = {name: fid.reference_statistics(view, digits, self.rt) for name, view in self.views.items()}
@@ -252,7 +252,7 @@ def two_steps(seed, distances):
     rows = []
     for t in (80.0, 2.5):
         first = sample.one_step(distances.net, noise(seed), None, t)
-        eps = torch.randn(first.shape, generator=runtime.rng("cpu", seed, "second step"))
+        eps = torch.randn(first.shape, generator=training.rng("cpu", seed, "second step"))
         for s in (0.2, 0.35, 0.5, 0.7, 1.0):
             rows.append({"t": t, "then s": s, **distances(distances.net(first + s * eps, torch.full((len(first),), s)))})
     return rows
@@ -280,9 +280,9 @@ def table(seeds):
 
 
 def main():
-    parser = runtime.Parser(__doc__)
+    parser = training.Parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of {', '.join([*CLOSED, *READING, *SAMPLING])}")
-    whole = runtime.positive(int)
+    whole = training.positive(int)
     parser.add_argument("--seeds", type=whole, default=1, metavar="N", help="seeds of the noise, 0 to N - 1")
     parser.add_argument("--noises", type=whole, default=10, metavar="N", help=f"draws of noise per image: {', '.join(READING)}")
     parser.add_argument("--log", metavar="PATH", help="a log.jsonl of stage 2, to stand beside the table `log`")
@@ -308,4 +308,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    training.run(main)

@@ -10,8 +10,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import checkpoints  # noqa: E402
-import runtime  # noqa: E402
+from machinery import checkpoints  # noqa: E402
+from machinery import training  # noqa: E402
 
 @pytest.fixture
 def one_thread():
@@ -28,7 +28,7 @@ def call(monkeypatch):
 
     def run(script, *args):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, args)])
-        runtime.run(script.main)
+        training.run(script.main)
 
     return run
 

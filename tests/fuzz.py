@@ -30,10 +30,10 @@ from test_data import cifar10, idx, idx_folder, images_and_labels, make, npy, pn
 from test_networks import small
 from test_published import KWARGS, write_published
 
-import checkpoints
-import data
+from machinery import checkpoints
+from machinery import data
 import fid
-import files
+from machinery import files
 from networks import Denoiser, RatioNetwork
 
 SECONDS, MEGABYTES = 5, 500  # of processor time and of more memory than ever before, which no small file may take

@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import files
-from files import UserError
+from machinery import data
+from machinery import files
+from machinery.files import UserError
 
 
 @pytest.fixture

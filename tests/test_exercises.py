@@ -14,16 +14,16 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "exercises"))
 import changes  # noqa: E402
-import checkpoints  # noqa: E402
+from machinery import checkpoints  # noqa: E402
 import classifier  # noqa: E402
-import data  # noqa: E402
+from machinery import data  # noqa: E402
 import figures  # noqa: E402
 import measure  # noqa: E402
 import pretrain  # noqa: E402
 import run  # noqa: E402
 import sample  # noqa: E402
 import train_diffratio  # noqa: E402
-from files import UserError  # noqa: E402
+from machinery.files import UserError  # noqa: E402
 from test_method import F_OF_U  # noqa: E402
 
 SHORT = "--kimg 0.064 --batch 32 --device cpu".split()  # two steps

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, same, weights
 
-import checkpoints
+from machinery import checkpoints
 import networks
-import runtime
+from machinery import training
 import sample
 import train_diffratio
 
@@ -115,7 +115,7 @@ def test_teacher_trains_a_generator_and_continues(call, tiny, tmp_path, monkeypa
     args = ["--method", method, "--init", tiny, "--kimg", "0.064", "--batch", "32", "--device", "cpu", "--fid-every", "0.064",
             "--fid-images", "40", "--fid-features", tiny, "--lr", "1e-3"]  # fmt: skip
     call(teacher, *args, "--outdir", tmp_path / "whole")
-    advance = runtime.Run.advance
+    advance = training.Run.advance
 
     def signalled(run):
         if run.nimg == 0:
@@ -123,7 +123,7 @@ def test_teacher_trains_a_generator_and_continues(call, tiny, tmp_path, monkeypa
         advance(run)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(runtime.Run, "advance", signalled)
+        patch.setattr(training.Run, "advance", signalled)
         call(teacher, *args, "--outdir", tmp_path / "parts")
     call(teacher, *args, "--outdir", tmp_path / "parts")
     whole = weights(tmp_path / "whole" / "network.pt")

@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from scipy.spatial.distance import cdist
 
-import checkpoints
-import data
+from machinery import checkpoints
+from machinery import data
 import fid
 import networks
-import runtime
-from files import UserError
+from machinery import training
+from machinery.files import UserError
 
-ONE_RANK = runtime.Runtime(torch.device("cpu"))
+ONE_RANK = training.Runtime(torch.device("cpu"))
 PAIRS = ("kid_mean", "kid_std", "precision", "recall")
 
 
@@ -524,8 +524,8 @@ def test_two_ranks_measure_what_one_does(tmp_path):
     (tmp_path / "ranks.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(Path(fid.__file__).parent)!r})
-import numpy as np, torch, data, fid, runtime
-rt, fid.PAIRS_LIMIT = runtime.start("cpu"), 70
+import numpy as np, torch, fid; from machinery import data, training
+rt, fid.PAIRS_LIMIT = training.start("cpu"), 70
 dataset = data.Dataset("random", np.random.default_rng(0).integers(0, 256, (101, 4, 4, 3), np.uint8))
 weight = torch.linspace(0, 1000, 48 * 1008).sin().view(48, 1008) / 200
 def function(images):
@@ -536,7 +536,7 @@ stats, score = fid.measure_dataset(extractor, dataset, rt, batch=16)
 if rt.is_main:
     stats.save("stats.npz")
     np.save("score.npy", score)
-runtime.run(lambda: None)
+training.run(lambda: None)
 """)
     found = []
     for launch in (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []):
@@ -563,7 +563,7 @@ def command(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, arguments)])
         code = 0
         try:
-            runtime.run(fid.main)
+            training.run(fid.main)
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()

@@ -20,10 +20,10 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import data
+from machinery import data
 import networks
 import pretrain
-import runtime
+from machinery import training
 import sample
 import train_diffratio
 
@@ -103,7 +103,7 @@ def test_a_bf16_step_computes_in_bf16_and_copies_no_layout(architecture):
 
 
 def test_memory_of_imagenet_64_is_within_half_a_gigabyte_an_image():
-    """The full network, ratio step and generator step, counted as examples/memory.py does for any preset."""
+    """The full network, ratio step and generator step, counted as exercises/memory.py does for any preset."""
     config = dataclasses.replace(networks.NETWORKS["imagenet64"], dropout=0.0)
     fixed, per_image = memory.count(config, batch=2048)
     assert 0.3e9 < per_image <= 0.5e9 and fixed == pytest.approx(8.4e9, rel=0.05)
@@ -122,7 +122,7 @@ def test_an_iteration_at_full_width_never_waits_for_the_device(preset, iteration
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # which does not know `meta`
     config = networks.NETWORKS[pretrain.PRESETS[preset]["network"]]
     with torch.device("meta"):
-        step = iteration(config, 2, runtime.Runtime(torch.device("meta")))
+        step = iteration(config, 2, training.Runtime(torch.device("meta")))
     step()
 
 
@@ -173,7 +173,7 @@ def test_each_network_is_compiled_once_per_batch_size(architecture, monkeypatch)
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    config, rt = small(architecture, label_dim=3), runtime.Runtime(torch.device("cpu"))
+    config, rt = small(architecture, label_dim=3), training.Runtime(torch.device("cpu"))
     for iteration, expected in ((benchmark.stage_1, 1), (benchmark.stage_2, 3)):
         torch._dynamo.reset()
         counters.clear()
@@ -199,17 +199,17 @@ def test_auto_takes_bf16_only_where_it_is_not_emulated(native, expected, monkeyp
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
     for name in ("benchmark", "allow_tf32"):  # `start` sets them; put back afterwards
         monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
-    assert runtime.start("cuda", "auto").precision == expected
+    assert training.start("cuda", "auto").precision == expected
 
 
 def test_a_run_continues_in_the_precision_it_was_started_with(monkeypatch, tmp_path, capsys):
     """"auto" is stored as what it came to: on another machine it may come to something else."""
     argv = ["pretrain.py", "--kimg", "0.032", "--batch", "32", "--outdir", str(tmp_path), "--device", "cpu", "--grid-kimg", "9"]
     monkeypatch.setattr(sys, "argv", argv)
-    runtime.run(pretrain.main)
+    training.run(pretrain.main)
     monkeypatch.setattr(sys, "argv", [*argv, "--precision", "fp32"])
-    runtime.run(pretrain.main)  # the same
+    training.run(pretrain.main)  # the same
     monkeypatch.setattr(sys, "argv", [*argv, "--precision", "bf16"])
     with pytest.raises(SystemExit):
-        runtime.run(pretrain.main)
+        training.run(pretrain.main)
     assert "was trained with --precision fp32, not bf16" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""METHOD.md: the functions it names exist, its table of divergences is the one in the code, its formulas survive Markdown."""
+"""docs/method.md: the functions it names exist, its table of divergences is the one in the code, its formulas survive Markdown."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ from test_method import F_OF_U
 from train_diffratio import DIVERGENCES
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "METHOD.md").read_text()
+PAGE = (ROOT / "docs/method.md").read_text()
 
 
 def defined(path):

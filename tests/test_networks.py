@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-import checkpoints
+from machinery import checkpoints
 import networks
-from files import UserError
+from machinery.files import UserError
 from networks import NETWORKS, Config, Denoiser, RatioNetwork, parameter_count
 
 SMALL = dict(img_resolution=16, img_channels=3, model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,))

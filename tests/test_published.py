@@ -19,11 +19,11 @@ import pytest
 import torch
 from test_networks import randomise, small
 
-import checkpoints
+from machinery import checkpoints
 import sample
 import train_diffratio
-from checkpoints import load_network
-from files import UserError
+from machinery.checkpoints import load_network
+from machinery.files import UserError
 from networks import Denoiser
 
 # ---------------------------------------------------------------------------------------------------------

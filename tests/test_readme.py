@@ -21,7 +21,7 @@ import changes  # noqa: E402
 import measure  # noqa: E402
 import run  # noqa: E402
 
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "METHOD.md", "assets/README.md", "exercises/README.md")}
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/method.md", "assets/README.md", "exercises/README.md")}
 SCRIPTS = {f"{script.__name__}.py": script for script in (pretrain, train_diffratio, sample, fid)}
 
 
@@ -54,7 +54,7 @@ def test_commands_take_the_flags_they_are_shown_with(monkeypatch, page, script, 
 
 
 def test_commands_of_the_exercises_exist_with_their_flags(capsys):
-    """Every `python exercises/NAME.py ...` and `python examples/NAME.py ...` of the pages; flags as the script's --help shows them."""
+    """Every `python exercises/NAME.py ...` and `python exercises/NAME.py ...` of the pages; flags as the script's --help shows them."""
     lines = {line for text in PAGES.values() for line in re.findall(r"^python (?:exercises|examples)/.*$", text, re.MULTILINE)}
     assert len(lines) > 15
     for line in sorted(lines):
@@ -64,7 +64,7 @@ def test_commands_of_the_exercises_exist_with_their_flags(capsys):
         script = (ROOT / words[0]).read_text()
         for flag in flags:
             own = f'"{flag}"' in script or flag[2:] in ("samples", "pool", "steps")  # of verifier.py, added in a loop
-            assert own or f'"{flag}"' in (ROOT / "runtime.py").read_text(), f"{line}: {flag}"
+            assert own or f'"{flag}"' in (ROOT / "training.py").read_text(), f"{line}: {flag}"
         if words[0] == "exercises/run.py" and words[1] not in ("NAME", "--list", "--diff", "--table"):
             assert words[1] in run.EXERCISES, line
 
@@ -91,7 +91,7 @@ def test_the_tables_of_the_exercises_are_those_of_their_results():
 
 def test_files_of_the_reading_order_are_about_as_long_as_the_readme_says():
     rows = re.findall(r"^\| `([\w/]+\.\w+)` \| (\d+) \|", PAGES["README.md"], re.MULTILINE)
-    assert {"train_diffratio.py", "pretrain.py", "networks.py", "METHOD.md"} <= {name for name, _ in rows}
+    assert {"train_diffratio.py", "pretrain.py", "networks.py", "docs/method.md"} <= {name for name, _ in rows}
     lines = {name: len((ROOT / name).read_text().splitlines()) for name, _ in rows}
     for name, count in rows:  # within a tenth, so that a small change of one's own does not fail here
         assert abs(int(count) - lines[name]) <= 0.1 * lines[name], f"{name} has {lines[name]} lines"

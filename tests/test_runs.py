@@ -16,13 +16,13 @@ import pytest
 import torch
 from conftest import ROOT, SHORT, alike, weights
 
-import checkpoints
-import data
+from machinery import checkpoints
+from machinery import data
 import fid
-import files
+from machinery import files
 import networks
 import pretrain
-import runtime
+from machinery import training
 import sample
 import train_diffratio
 
@@ -97,7 +97,7 @@ def test_a_signal_ends_the_step_and_the_run_continues_exactly(call, stage1, tmp_
     args = [*args, *SHORT, "--log-kimg", "0.128"]
     call(script, *args, "--outdir", tmp_path / "whole")
     before = signal.signal(number, signal.default_int_handler)  # whoever started the tests may have it ignored
-    advance = runtime.Run.advance
+    advance = training.Run.advance
 
     def signalled(run):
         if run.nimg == 64:
@@ -107,7 +107,7 @@ def test_a_signal_ends_the_step_and_the_run_continues_exactly(call, stage1, tmp_
         advance(run)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(runtime.Run, "advance", signalled)
+        patch.setattr(training.Run, "advance", signalled)
         call(script, *args, "--outdir", tmp_path / "parts")
     assert stop.value.code == 128 + number
     assert f"stage {stage + 1} stopped at 0.096 kimg; the same command continues it" in capsys.readouterr().err
@@ -118,14 +118,14 @@ def test_a_signal_ends_the_step_and_the_run_continues_exactly(call, stage1, tmp_
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path):
     done = python("""
-import os, pretrain, runtime, signal
+import os, pretrain, signal; from machinery import training
 def signalled(run):
     os.kill(os.getpid(), signal.SIGTERM)
     run.signal_time -= 60
     os.kill(os.getpid(), signal.SIGTERM)
     print("still here")
-runtime.Run.advance = signalled
-runtime.run(pretrain.main)""", *SHORT, "--outdir", tmp_path)  # fmt: skip
+training.Run.advance = signalled
+training.run(pretrain.main)""", *SHORT, "--outdir", tmp_path)  # fmt: skip
     assert done.returncode == 128 + signal.SIGTERM and "still here" not in done.stdout
     assert not (tmp_path / "checkpoint.pt").exists()
 
@@ -154,7 +154,7 @@ def test_a_kill_between_the_network_and_the_checkpoint_is_made_good(call, tmp_pa
     args = [*SHORT, "--save-kimg", "0.128", "--outdir"]
     call(pretrain, *args, tmp_path / "whole")
     done = python("""
-import os, pretrain, runtime, signal
+import os, pretrain, signal; from machinery import training
 done, replace = [], os.replace
 def killed(part, path):
     done.append(path.suffix)
@@ -162,7 +162,7 @@ def killed(part, path):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(part, path)
 os.replace = killed
-runtime.run(pretrain.main)""", *args, tmp_path / "parts")  # fmt: skip
+training.run(pretrain.main)""", *args, tmp_path / "parts")  # fmt: skip
     assert done.returncode == -signal.SIGKILL
     assert len(list((tmp_path / "parts").glob(".*.part"))) == 1
     call(pretrain, *args, tmp_path / "parts")
@@ -213,12 +213,12 @@ def test_what_replaces_a_file_is_on_the_disk_by_then(tmp_path, monkeypatch, fold
 
 
 def test_log_forgets_what_came_after_the_checkpoint(tmp_path):
-    log = runtime.Log(tmp_path / "log.jsonl")
+    log = training.Log(tmp_path / "log.jsonl")
     for nimg in (100, 200, 300):
         log.write({"nimg": nimg})
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"nimg": 4')  # the process was killed while it wrote
-    runtime.Log(tmp_path / "log.jsonl", resume_at=200)
+    training.Log(tmp_path / "log.jsonl", resume_at=200)
     assert [record["nimg"] for record in log_of(tmp_path)] == [100, 200]
 
 
@@ -262,14 +262,14 @@ def test_ranks_micro_batches_and_compilation_may_change_within_a_run(call, stage
     start = weights(tmp_path / "parts" / "network.pt")
 
     done = python(f"""
-import os, runtime, signal, {script.__name__} as script
-advance = runtime.Run.advance
+import os, signal, {script.__name__} as script; from machinery import training
+advance = training.Run.advance
 def signalled(run):
     if run.nimg == 128 and run.rt.rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     advance(run)
-runtime.Run.advance = signalled
-runtime.run(script.main)""", *args, "--outdir", tmp_path / "parts", "--micro-batch", "8", ranks=2)  # fmt: skip
+training.Run.advance = signalled
+training.run(script.main)""", *args, "--outdir", tmp_path / "parts", "--micro-batch", "8", ranks=2)  # fmt: skip
     assert [line.split("error: ")[-1] for line in said(done)] == [
         f"script.py: stage {stage + 1} stopped at 0.16 kimg; the same command continues it"
     ], done.stderr
@@ -322,10 +322,10 @@ def test_a_full_disk_is_one_line_and_keeps_the_file_before(tmp_path):
     """As the system says it; torch's writer would say "unexpected pos"."""
     files.save_checkpoint({"kind": "a test", "a": torch.ones(3)}, tmp_path / "c.pt")
     done = python("""
-import files, resource, runtime, signal, torch
+import resource, signal, torch; from machinery import files, training
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-runtime.run(lambda: files.save_checkpoint({"a": torch.zeros(10_000)}, sys.argv[1]))""", tmp_path / "c.pt")
+training.run(lambda: files.save_checkpoint({"a": torch.zeros(10_000)}, sys.argv[1]))""", tmp_path / "c.pt")
     assert done.returncode == 2 and "File too large" in done.stderr and "Traceback" not in done.stderr
     assert files.load_checkpoint(tmp_path / "c.pt")["a"].sum() == 3 and [f.name for f in tmp_path.iterdir()] == ["c.pt"]
 
@@ -340,7 +340,7 @@ def test_a_full_gpu_is_not_a_damaged_file():
 
 
 def test_a_mistake_that_all_ranks_make_is_printed_once(stage1, tmp_path):
-    done = python("import runtime, sample; runtime.run(sample.main)", "--network", stage1 / "network.pt", ranks=2)
+    done = python("import sample; from machinery import training; training.run(sample.main)", "--network", stage1 / "network.pt", ranks=2)
     assert len(said(done)) == 1 and "without torchrun" in said(done)[0] and done.returncode != 0
     assert "without torchrun" in done.stderr.splitlines()[-2]  # the last words of torchrun's report
 
@@ -349,10 +349,10 @@ def test_a_mistake_of_one_rank_is_printed_by_it_and_ends_all(tmp_path):
     """A full disk on the first rank while the others wait for it; a missing file on the second while the first goes on."""
     for rank in (0, 1):
         done = python(f"""
-import runtime, torch
-from files import UserError
+import torch; from machinery import training
+from machinery.files import UserError
 def main():
-    rt = runtime.start("cpu")
+    rt = training.start("cpu")
     if {rank} == 1 == rt.rank:
         raise UserError("no such file on this machine")
     def fail():
@@ -360,7 +360,7 @@ def main():
     rt.first(fail if {rank} == 0 else lambda: 1)
     for i in range(1000):
         rt.sum(torch.ones(1))
-runtime.run(main)""", ranks=2)  # fmt: skip
+training.run(main)""", ranks=2)  # fmt: skip
         expected = ["error: No space left on device: checkpoint.pt", "script.py, rank 1: error: no such file on this machine"][rank]
         assert len(said(done)) == 1 and said(done)[0].endswith(expected) and done.returncode != 0, done.stderr
 
@@ -369,20 +369,20 @@ def test_one_rank_of_each_machine_converts_and_the_others_wait_without_a_time_li
     """Two ranks of one machine, then of two machines without a common cache, then with one."""
     data.write_images([(np.zeros((5, 8, 8, 3), np.uint8), None)], tmp_path / "set", 5)
     done = python("""
-import data, os, pathlib, runtime, sys, time
+import os, pathlib, sys, time; from machinery import data, training
 import torch.distributed as dist
 folder, cache = sys.argv[1:]
 data.MEMORY_LIMIT = 0
 rank = int(os.environ["RANK"])
 def main():
-    rt = runtime.start("cpu")
+    rt = training.start("cpu")
     for name in ("all_reduce", "broadcast_object_list"):  # no wait in the group of the gradients, which has a time limit
         def checked(*args, group=None, f=getattr(dist, name), **kwargs):
             assert group is rt.host_group
             return f(*args, group=group, **kwargs)
         setattr(dist, name, checked)
     for local_rank, place in ((rank, "one machine"), (0, f"machine {rank}"), (0, "shared")):
-        rt = runtime.dataclasses.replace(rt, local_rank=local_rank)
+        rt = training.dataclasses.replace(rt, local_rank=local_rank)
         def load():
             dataset = data.load(folder, pathlib.Path(cache, place))
             for _ in range(600):  # two machines convert at the same time
@@ -390,7 +390,7 @@ def main():
                     return dataset
                 time.sleep(0.1)
         assert len(rt.main_first(load)) == 5 == rt.first(lambda: 5 + rank)
-runtime.run(main)""", tmp_path / "set", tmp_path / "cache", ranks=2)  # fmt: skip
+training.run(main)""", tmp_path / "set", tmp_path / "cache", ranks=2)  # fmt: skip
     assert done.returncode == 0, done.stderr
     places = re.findall(r"converting .*? to .*?/cache/([^/]+)/", done.stderr)  # two processes may write into one line
     assert sorted(places) == ["machine 0", "machine 1", "one machine", "shared"], done.stderr
@@ -399,9 +399,9 @@ runtime.run(main)""", tmp_path / "set", tmp_path / "cache", ranks=2)  # fmt: ski
 def test_ranks_that_do_not_share_the_folder_are_stopped(call, tmp_path):
     call(pretrain, *SHORT, "--kimg", "0.064", "--outdir", tmp_path / "0")
     done = python("""
-import os, pretrain, runtime
+import os, pretrain; from machinery import training
 sys.argv[-1] += os.environ["RANK"]
-runtime.run(pretrain.main)""", *SHORT, "--outdir", f"{tmp_path}/", ranks=2)  # fmt: skip
+training.run(pretrain.main)""", *SHORT, "--outdir", f"{tmp_path}/", ranks=2)  # fmt: skip
     assert len(said(done)) == 1 and "at 0 kimg here and at 0.064 where the first rank runs" in said(done)[0], done.stderr
     assert "--outdir must be on a disk that all machines share" in said(done)[0]
 
@@ -412,7 +412,7 @@ runtime.run(pretrain.main)""", *SHORT, "--outdir", f"{tmp_path}/", ranks=2)  # f
 
 def test_a_preview_costs_no_more_than_it_may(stage1, tmp_path, capsys):
     """Images times evaluations of the network; too few for one image are said instead."""
-    net, rt, evaluations = checkpoints.load_network(stage1 / "network.pt"), runtime.start("cpu"), []
+    net, rt, evaluations = checkpoints.load_network(stage1 / "network.pt"), training.start("cpu"), []
     forward = net.forward
     net.forward = lambda x, *args: (evaluations.append(len(x)), forward(x, *args))[1]
     for budget, images in ((16 * 34, 0), (16 * 100, 2), (10**6, 64)):

@@ -14,13 +14,13 @@ import torch
 from conftest import SHORT, alike, same, weights
 from PIL import Image
 
-import checkpoints
-import data
+from machinery import checkpoints
+from machinery import data
 import fid
-import files
+from machinery import files
 import networks
 import pretrain
-import runtime
+from machinery import training
 import sample
 import train_diffratio
 
@@ -36,7 +36,7 @@ def test_stage_2_brings_samples_closer_to_the_data(call, stage1, tmp_path):
     On another CPU rounding makes this another run: ten seeds and CPUs reached 0.08 to 0.45 of the distance before.
     """
     call(train_diffratio, "--init", stage1 / "network.pt", "--outdir", tmp_path, "--kimg", "6", "--lr", "3e-4", "--device", "cpu")
-    rt = runtime.start("cpu")
+    rt = training.start("cpu")
     extractor = fid.network_features(rt, stage1 / "network.pt")
     digits = data.load("digits")
     reference, _ = fid.measure_dataset(extractor, digits, rt)
@@ -55,7 +55,7 @@ def test_two_iterations_written_out_by_hand(call, stage1, tmp_path):
     call(train_diffratio, *SHORT, "--kimg", "0.064", "--lr", "1e-3", "--ratio-lr", "1e-3", "--lr-decay-kimg", "0",
          "--init", stage1 / "network.pt", "--outdir", tmp_path)  # fmt: skip
 
-    digits, rt, seed = data.load("digits"), runtime.start("cpu"), 0
+    digits, rt, seed = data.load("digits"), training.start("cpu"), 0
     generator = checkpoints.load_network(stage1 / "network.pt")
     ratio = networks.RatioNetwork(generator.config)
     ratio.load_encoder(generator)
@@ -71,7 +71,7 @@ def test_two_iterations_written_out_by_hand(call, stage1, tmp_path):
     batches = data.Batches(digits, 32, seed)
     for nimg in (0, 32):
         real = digits.to_model(next(batches)[0], "cpu")
-        draw = runtime.Draw(rt, 32, seed, nimg, 0, "stage 2")
+        draw = training.Draw(rt, 32, seed, nimg, 0, "stage 2")
         z, sigma = draw.normal(1, 8, 8), (1.2 * draw.normal() - 1.2).exp()
         eps_real, eps_fake = draw.normal(1, 8, 8), draw.normal(1, 8, 8)
 
@@ -135,7 +135,7 @@ def test_the_ratio_network_may_have_another_width(call, stage1, tmp_path, capsys
 def test_noise_levels_have_the_distribution_that_the_flags_name(monkeypatch, flags, kind, limit):
     monkeypatch.setattr(sys, "argv", ["train_diffratio.py", *flags])
     n = 20_000
-    sigma = train_diffratio.noise_levels(train_diffratio.arguments(), runtime.Draw(runtime.start("cpu"), n, 0, "test"))
+    sigma = train_diffratio.noise_levels(train_diffratio.arguments(), training.Draw(training.start("cpu"), n, 0, "test"))
     assert sigma.shape == (n,)
     if kind == "lognormal":
         assert abs(sigma.log().mean() + 0.4) < 5 / n**0.5 and abs(sigma.log().std() - 1) < 5 / (2 * n) ** 0.5

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoints  # noqa: E402
-import data  # noqa: E402
+from machinery import checkpoints  # noqa: E402
+from machinery import data  # noqa: E402
 import fid  # noqa: E402
-import runtime  # noqa: E402
+from machinery import training  # noqa: E402
 import sample  # noqa: E402
 
 REPEATS = 4  # random halves over which distances are averaged
@@ -36,13 +36,13 @@ def nearest_digit_shares(images, dataset):
 
 
 def main():
-    parser = runtime.Parser(__doc__)
+    parser = training.Parser(__doc__)
     parser.add_argument("--pretrained", default="runs/digits/pretrain/network.pt", metavar="PATH", help="network of stage 1")
     parser.add_argument("--generator", default="runs/digits/dijs/network.pt", metavar="PATH", help="network of stage 2")
     parser.add_argument("--outdir", default="runs/digits", metavar="DIR", help="where demo.png goes")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the halves and the samples")
     args = parser.parse_args()
-    rt = runtime.start(alone=True)
+    rt = training.start(alone=True)
     dataset = data.load("digits")
     extractor = fid.network_features(rt, args.pretrained)
 
@@ -96,4 +96,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    training.run(main)

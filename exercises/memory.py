@@ -1,4 +1,4 @@
-"""Compute, not measure, the GPU memory that a preset of stage 2 needs: python examples/memory.py cifar10 imagenet64
+"""Compute, not measure, the GPU memory that a preset of stage 2 needs: python exercises/memory.py cifar10 imagenet64
 
 Fixed part: weights, Adam's two moments and the gradients of both networks, the average of the generator (20 bytes a
 parameter; 12 for the ratio network, whose gradients are gone when the generator's come), and the random numbers of a
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import networks  # noqa: E402
 import pretrain  # noqa: E402
-import runtime  # noqa: E402
+from machinery import training  # noqa: E402
 import sample  # noqa: E402
 import train_diffratio  # noqa: E402
 
@@ -86,13 +86,13 @@ def count(config, batch):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runtime.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=training.HelpFormatter)
     parser.add_argument("presets", nargs="*", default=["cifar10"], metavar="PRESET", help="presets of train_diffratio.py")
     cards = "".join(f" {f'{card} GB':>7}" for card in CARDS)
     print(f"{'preset':14}{'fixed':>8}{'per image':>11}   --micro-batch for a card of{cards}")
     for name in parser.parse_args().presets:
         if name not in train_diffratio.PRESETS:
-            raise runtime.UserError(f"unknown preset {name}; known: {', '.join(train_diffratio.PRESETS)}")
+            raise training.UserError(f"unknown preset {name}; known: {', '.join(train_diffratio.PRESETS)}")
         settings = pretrain.PRESETS[name]
         config = dataclasses.replace(networks.NETWORKS[settings["network"]], dropout=0.0)
         fixed, per_image = count(config, train_diffratio.PRESETS[name]["batch"])
@@ -102,4 +102,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    training.run(main)

@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 import torch
 
-from files import NUMPY_STAND_INS, UserError, load_checkpoint, read_pickle, reading, save_checkpoint, torch_load
+from machinery.files import NUMPY_STAND_INS, UserError, load_checkpoint, read_pickle, reading, save_checkpoint, torch_load
 from networks import Config, Denoiser, RatioNetwork
 
 NETWORK_KIND = "diffratio network"

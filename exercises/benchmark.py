@@ -1,6 +1,6 @@
 """How fast is this machine? Times a preset's networks on random images and prints a table for the README.
 
-    python examples/benchmark.py --preset cifar10 --batch 128
+    python exercises/benchmark.py --preset cifar10 --batch 128
 
 Measures a step of stage 1, an iteration of stage 2 (one ratio step, one generator step), one-step sampling and Inception
 features; on GPUs (or with --compile) also with compiled networks. For comparison it times an iteration of variational
@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
 import fid  # noqa: E402
 import networks  # noqa: E402
 import pretrain  # noqa: E402
-import runtime  # noqa: E402
+from machinery import training  # noqa: E402
 import sample  # noqa: E402
 import teacher  # noqa: E402
 import train_diffratio  # noqa: E402
@@ -46,7 +46,7 @@ def stage_1(config, batch, rt, compiled=False):
     """Function that takes one step of stage 1; `batch` is the number of images."""
     net = networks.place(networks.Denoiser(config).train(), rt.device, compiled)
     ema, draw = copy.deepcopy(net), Batch(config, batch, rt.device)
-    learner = runtime.Learner(net, rt, 1e-4, (0.9, 0.999), batch)
+    learner = training.Learner(net, rt, 1e-4, (0.9, 0.999), batch)
 
     def step():
         learner.step(1e-4, lambda *part: pretrain.denoising_loss(net, *part), draw.x, draw.sigma, draw.eps, draw.labels)
@@ -62,7 +62,7 @@ def stage_2(config, batch, rt, compiled=False):
     generator = networks.place(networks.Denoiser(config).train(), rt.device, compiled)
     ratio = networks.place(networks.RatioNetwork(config).train(), rt.device, compiled)
     ema, draw = copy.deepcopy(generator), Batch(config, batch, rt.device)
-    generator_learner, ratio_learner = (runtime.Learner(net, rt, 1e-5, (0.0, 0.999), batch) for net in (generator, ratio))
+    generator_learner, ratio_learner = (training.Learner(net, rt, 1e-5, (0.0, 0.999), batch) for net in (generator, ratio))
 
     def ratio_objective(*part):
         return train_diffratio.ratio_loss(ratio, *part)[0]
@@ -90,7 +90,7 @@ def distillation(config, batch, rt, compiled=False, method="vsd"):
     nets = [networks.place(networks.Denoiser(config).train(), rt.device, compiled) for _ in range(3)]  # generator, student, teacher
     nets[2].requires_grad_(False)
     ema, draw = copy.deepcopy(nets[0]), Batch(config, batch, rt.device)
-    learners = [runtime.Learner(net, rt, 1e-5, (0.0, 0.999), batch) for net in nets[:2]]
+    learners = [training.Learner(net, rt, 1e-5, (0.0, 0.999), batch) for net in nets[:2]]
     noises = (draw.sigma, draw.eps), (draw.sigma_generator, draw.eps_generator)
 
     def step():
@@ -144,7 +144,7 @@ def measure(function, device, repeats):
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds), runtime.peak_memory_gb(device)
+    return statistics.median(seconds), training.peak_memory_gb(device)
 
 
 def hardware(device):
@@ -158,16 +158,16 @@ def hardware(device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runtime.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=training.HelpFormatter)
     add = parser.add_argument
     add("--preset", choices=list(train_diffratio.PRESETS), default="cifar10", help="whose networks to measure")
-    add("--batch", type=runtime.positive(int), metavar="N", help="images at once (default: 64 on GPUs, 8 on the CPU)")
+    add("--batch", type=training.positive(int), metavar="N", help="images at once (default: 64 on GPUs, 8 on the CPU)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is any")
     add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="of the networks' arithmetic")
     add("--compile", action="store_true", help="measure compiled networks too (always done on GPUs)")
-    add("--repeats", type=runtime.positive(int), default=5, metavar="N", help="timed calls of each; their median is shown")
+    add("--repeats", type=training.positive(int), default=5, metavar="N", help="timed calls of each; their median is shown")
     args = parser.parse_args()
-    rt = runtime.start(args.device, args.precision, alone=True)
+    rt = training.start(args.device, args.precision, alone=True)
     on_gpu = rt.device.type == "cuda"
     batch = args.batch or (64 if on_gpu else 8)
     config = networks.NETWORKS[pretrain.PRESETS[args.preset]["network"]]
@@ -195,4 +195,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    training.run(main)

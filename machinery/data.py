@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from files import NUMPY_STAND_INS, UserError, atomic, cache_dir, download, lock, read_pickle, reading, remove_parts, status
-from runtime import rng
+from machinery.files import NUMPY_STAND_INS, UserError, atomic, cache_dir, download, lock, read_pickle, reading, remove_parts, status
+from machinery.training import rng
 
-DIGITS = Path(__file__).parent / "assets" / "digits.npz"
+DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
 DOWNLOADS = {  # address, {file: MD5}
     "cifar10": ("https://www.cs.toronto.edu/~kriz/", {"cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a"}),
@@ -186,7 +186,7 @@ class Batches:
         return batch
 
     def training_batch(self, draw, xflip):
-        """The next batch as networks see it, on the device of `draw` (a `runtime.Draw`), which gives what is random in it.
+        """The next batch as networks see it, on the device of `draw` (a `training.Draw`), which gives what is random in it.
 
         Returns x float32 [n, C, H, W], half of it mirrored if `xflip`, and labels int64 [n] or None.
         """

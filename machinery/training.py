@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from files import UserError, atomic, flush, load_checkpoint, lock, reading, remove_parts, save_checkpoint
+from machinery.files import UserError, atomic, flush, load_checkpoint, lock, reading, remove_parts, save_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------
 # Errors, and the end of a process.
