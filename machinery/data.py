@@ -1,116 +1,109 @@
-"""Data sets in, pictures out.
+"""Data sets in, pictures out. Nothing in a file is executed.
 
-`load(spec)` reads every kind of data set into one `Dataset`: the embedded digits, MNIST-family IDX folders, CIFAR-10,
-folders and zips of images or of EDM2 latents, and `.npz` batches. Images stay uint8 [N, H, W, C]. What is larger than
-`MEMORY_LIMIT` is memory-mapped, so memory use does not grow with the data set: an uncompressed `.npz` where it lies,
-others from the cache folder, into which they are converted once. Transparent images (alpha channels and transparent
-colours of PNG, WebP and BMP) are put on white. With `resolution` the middle of each image is cut out and resized.
-`Batches` gives each rank its share of the shuffled data, `save_grid` and `write_images` write what was generated.
-Nothing in a file that is read here is ever executed.
+A data set is held in memory; a large folder or zip is converted once into the cache and mapped.
 """
 
-import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import gzip
 import hashlib
 import io
-import itertools
 import json
-import math
 import os
+import posixpath
 import sys
 import tarfile
+import unicodedata
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from machinery.files import NUMPY_STAND_INS, UserError, atomic, cache_dir, download, lock, read_pickle, reading, remove_parts, status
+from machinery.files import UserError, atomic, cache_dir, download, reading, status
 from machinery.training import rng
 
 DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package
 DOWNLOADS = {  # address, {file: MD5}
-    "cifar10": ("https://www.cs.toronto.edu/~kriz/", {"cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a"}),
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/",
+                {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
     "fashion-mnist": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
         "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
         "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
         "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
         "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
     }),
-}  # fmt: skip
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-MEMORY_LIMIT = 256 * 2**20  # bytes; larger sets are memory-mapped, where they lie or from the cache
-RESIZE = "--resolution N cuts out the middle of each and resizes it"
+}
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "AVIF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+SUFFIXES += (".avif",) if features.check("avif") else ()
+MEMORY_LIMIT = 256 * 2**20  # bytes; larger folders and zips are mapped
+CACHE_VERSION = 2  # raise it when files are decoded to other pixels
+RESIZE = "--resolution N cuts out the middle of each image and resizes it"
 
-# EDM2's statistics of the Stable Diffusion latents, per channel; networks see latents of standard deviation 0.5.
+# EDM2's statistics of Stable Diffusion's latents, per channel; networks see a deviation of 0.5.
 LATENT_MEAN, LATENT_STD, LATENT_SCALE = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), 0.5
 
 
-@dataclasses.dataclass(eq=False)
 class Dataset:
     """Images or latents with optional class labels.
 
-    images: uint8 [N, H, W, C] with C = 1 or 3, or float32 [N, 8, h, w]: per image the mean (first 4 channels) and
-        standard deviation (last 4) of its VAE latent. In memory or memory-mapped.
-    labels: int64 [N], classes counted from 0, or None.
+    images: uint8 [N, H, W, C], C = 1 or 3, or float32 [N, 8, h, w]: mean (first 4 channels) and
+        standard deviation (last 4) of each image's VAE latent.
+    labels: int64 [N] from 0 on, or None. classes: names of the classes, or None.
+    label_error: why labels that were found cannot be used, or None.
     """
 
-    name: str
-    images: np.ndarray
-    labels: np.ndarray = None
-    _fingerprint: str = dataclasses.field(default=None, init=False, repr=False)
-
-    def __post_init__(self):
-        with reading(self.name, "a data set"):
-            _check_shape(self.images.shape, self.images.dtype)
-            if self.labels is not None:
-                if self.labels.shape != self.images.shape[:1]:
-                    raise UserError(f"labels {list(self.labels.shape)} do not match {len(self)} images; give one per image")
-                if self.labels.dtype.kind not in "iu" or self.labels.min() < 0:
-                    raise UserError("the labels are not integers from 0 on; correct them")
-                self.labels = np.asarray(self.labels, np.int64)
+    def __init__(self, name, images, labels=None, classes=None, label_error=None):
+        with reading(name, "a data set"):
+            _check(images)
+            if labels is not None:
+                fits = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
+                if not fits or labels.min() < 0:
+                    raise UserError(f"labels {labels.dtype} {list(labels.shape)} do not match "
+                                    f"{len(images)} images; give each an integer from 0 on")
+                labels = labels.astype(np.int64)
+        self.name, self.images, self.labels = name, images, labels
+        self.classes, self.label_error, self.hash = classes, label_error, None
+        self.is_latent = images.dtype == np.float32
+        self.resolution = images.shape[2]  # height = width of what a network sees
+        self.channels = 4 if self.is_latent else images.shape[3]
 
     def __len__(self):
         return len(self.images)
-
-    @property
-    def is_latent(self):
-        return self.images.dtype == np.float32
-
-    @property
-    def resolution(self):
-        """Height = width of what a network sees."""
-        return self.images.shape[2]
-
-    @property
-    def channels(self):
-        """Channels of what a network sees: 1 or 3 for images, 4 for latents."""
-        return self.images.shape[1] // 2 if self.is_latent else self.images.shape[3]
 
     @property
     def label_dim(self):
         """Number of classes, 0 without labels."""
         return 0 if self.labels is None else int(self.labels.max()) + 1
 
+    def class_frequencies(self):
+        """Number of images of each class."""
+        return [] if self.labels is None else np.bincount(self.labels).tolist()
+
+    def require_labels(self):
+        """Raise `UserError` without labels; renumber the classes if some have no images."""
+        if self.labels is None:
+            raise UserError(self.label_error or
+                            f"{self.name} has no labels; add a dataset.json or class folders")
+        found, labels = np.unique(self.labels, return_inverse=True)
+        if found[-1] >= len(found):
+            self.labels, self.classes = labels, list(map(str, found))
+            _say(f"{self.name}: only classes {' '.join(self.classes)} have images; numbered from 0")
+
     def fingerprint(self):
         """SHA-256 (hexadecimal) of the shape, the type and the content of `images`."""
-        if self._fingerprint is None:
+        if self.hash is None:
             digest = hashlib.sha256(f"{self.images.shape} {self.images.dtype.str}".encode())
-            for i in range(0, len(self), 64):
-                digest.update(self.images[i:i + 64].tobytes())
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+            digest.update(np.ascontiguousarray(self.images).data.cast("B"))
+            self.hash = digest.hexdigest()
+        return self.hash
 
     def batch(self, indices):
-        """(raw, labels) at `indices` (any order, repeats allowed), on the CPU.
-
-        raw: uint8 [n, H, W, C] or float32 [n, 8, h, w]; labels: int64 [n] or None.
-        """
+        """(raw images [n, ...], labels int64 [n] or None) at `indices`, on the CPU."""
         indices = np.asarray(indices)
         labels = None if self.labels is None else torch.from_numpy(self.labels[indices])
         return torch.from_numpy(self.images[indices]), labels
@@ -118,23 +111,23 @@ class Dataset:
     def to_model(self, raw, device, flip=None, eps=None):
         """What a network sees of a raw batch: float32 [n, C, H, W] on `device`.
 
-        Images: scaled to [-1, 1], mirrored left-right where `flip` (bool [n]) says so. Latents: mean + std * eps with
-        `eps` standard normal [n, 4, h, w] (the mean alone without it), normalised.
+        Images in [-1, 1], mirrored where `flip` (bool [n]) is true, or latents mean + std * eps
+        with standard normal `eps` [n, 4, h, w] (None: the mean), normalised.
         """
-        raw = raw.to(device, non_blocking=True)  # images travel as bytes and are converted there
+        raw = raw.to(device, non_blocking=True)  # images travel as bytes
         if self.is_latent:
             if flip is not None:
-                raise UserError(f"{self.name}: latents cannot be flipped; leave out the horizontal flips")
+                raise UserError(f"{self.name}: latents cannot be flipped; leave out the flips")
             mean, std = raw.chunk(2, dim=1)
             return normalise_latents(mean if eps is None else mean + std * eps.to(device))
-        x = raw.permute(0, 3, 1, 2)  # NHWC bytes seen as NCHW: channels-last without a copy
+        x = raw.permute(0, 3, 1, 2)  # channels-last, without a copy
         if flip is not None:
             x = torch.where(flip.to(device).view(-1, 1, 1, 1), x.flip(3), x)
         return x.to(torch.float32) / 127.5 - 1
 
 
 def to_uint8(x):
-    """Images x [N, C, H, W] in [-1, 1] as numpy uint8 [N, H, W, C]: the inverse of `Dataset.to_model`."""
+    """Images x [N, C, H, W] in [-1, 1] as numpy uint8 [N, H, W, C]: inverts `Dataset.to_model`."""
     x = (x.detach().float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return x.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
@@ -151,298 +144,299 @@ def denormalise_latents(x):
     return x / LATENT_SCALE * std + mean
 
 
-@functools.cache
+@functools.cache  # a copy each time would make the GPU wait
 def _latent_statistics(device):
-    """LATENT_MEAN and LATENT_STD as [1, 4, 1, 1], once per device: each copy from a list would make the GPU wait."""
-    return [torch.tensor(values, device=device).view(1, 4, 1, 1) for values in (LATENT_MEAN, LATENT_STD)]
+    return [torch.tensor(v, device=device).view(1, 4, 1, 1) for v in (LATENT_MEAN, LATENT_STD)]
 
 
 class Batches:
-    """Endless iterator over this rank's share of the global batches: (raw, labels) as `Dataset.batch` gives them.
+    """Endless: this rank's (raw, labels) of each global batch of `rt.batch` images.
 
-    Image n of the run (counted from 0 over the whole run) is element n % N of a permutation that depends on
-    (seed, n // N) alone. So the order is a function of the number of images seen: a run continues with `start` =
-    images seen so far, and the ranks' shares, concatenated, are the batch that one rank would get. A background
-    thread prepares one batch ahead. `pin` asks for page-locked memory, from which copies to a GPU overlap with its work.
+    Image n of the run is element n % N of a permutation that depends on (seed, n // N) alone, so a
+    run continues with `start` = images seen. A thread prepares one batch ahead.
     """
 
-    def __init__(self, dataset, batch, seed, start=0, rank=0, world_size=1, pin=False):
-        if batch < 1 or batch % world_size:
-            raise UserError(f"a batch of {batch} does not divide among {world_size} ranks")
-        self.dataset, self.batch, self.seed, self.pin = dataset, batch, seed, pin
-        self.share = batch // world_size
-        self.position = start + rank * self.share  # of this rank's next image
-        self.epoch, self.permutation = None, None
-        self.thread = concurrent.futures.ThreadPoolExecutor(1)
-        self.next = self.thread.submit(self._prepare, self.position)
-
-    def __iter__(self):
-        return self
+    def __init__(self, dataset, rt, seed, start=0):
+        self.dataset, self.rt, self.seed, self.epoch = dataset, rt, seed, None
+        share = rt.batch // rt.world_size
+        self.positions = start + rt.rank * share + np.arange(share)
+        self.thread = ThreadPoolExecutor(1)
+        self.future = self.thread.submit(self._prepare, self.positions)
 
     def __next__(self):
-        batch = self.next.result()
-        self.position += self.batch
-        self.next = self.thread.submit(self._prepare, self.position)
+        batch = self.future.result()
+        self.positions = self.positions + self.rt.batch
+        self.future = self.thread.submit(self._prepare, self.positions)
         return batch
 
-    def training_batch(self, draw, xflip):
-        """The next batch as networks see it, on the device of `draw` (a `training.Draw`), which gives what is random in it.
-
-        Returns x float32 [n, C, H, W], half of it mirrored if `xflip`, and labels int64 [n] or None.
-        """
+    def training_batch(self, xflip):
+        """(x float32 [n, C, H, W], labels int64 [n] or None); `rt` draws flips and noise."""
         raw, labels = next(self)
-        flip = draw.coin() if xflip else None
-        eps = draw.normal(self.dataset.channels, *raw.shape[2:]) if self.dataset.is_latent else None
-        x = self.dataset.to_model(raw, draw.device, flip, eps)
-        return x, None if labels is None else labels.to(draw.device, non_blocking=True)
+        rt, dataset = self.rt, self.dataset
+        flip = rt.rand() < 0.5 if xflip else None
+        eps = rt.randn(dataset.channels, *raw.shape[2:]) if dataset.is_latent else None
+        x = dataset.to_model(raw, rt.device, flip, eps)
+        return x, None if labels is None else labels.to(rt.device, non_blocking=True)
 
-    def _prepare(self, position):
-        epochs, offsets = np.divmod(np.arange(position, position + self.share), len(self.dataset))
-        indices = np.empty(self.share, np.int64)
-        for epoch in np.unique(epochs):  # one epoch, two at a boundary, more if the batch exceeds the data set
+    def _prepare(self, positions):
+        epochs, offsets = np.divmod(positions, len(self.dataset))
+        indices = np.empty_like(positions)
+        for epoch in np.unique(epochs):  # more than one at a boundary
+            if epoch != self.epoch:
+                generator = rng("cpu", self.seed, "data", int(epoch))
+                self.order = torch.randperm(len(self.dataset), generator=generator).numpy()
+                self.epoch = epoch
             here = epochs == epoch
-            indices[here] = self._permutation(int(epoch))[offsets[here]]
+            indices[here] = self.order[offsets[here]]
         raw, labels = self.dataset.batch(indices)
-        if self.pin:
+        if self.rt.device.type == "cuda":  # copies from pinned memory overlap with computing
             raw, labels = raw.pin_memory(), None if labels is None else labels.pin_memory()
         return raw, labels
 
-    def _permutation(self, epoch):
-        if epoch != self.epoch:
-            order = torch.randperm(len(self.dataset), generator=rng("cpu", self.seed, "data", epoch))
-            self.epoch, self.permutation = epoch, order.numpy()
-        return self.permutation
 
-
-# ---------------------------------------------------------------------------------------------------------
-# Reading.
+# --------------------------------------------------------------------------------------------------
+# Reading. A reader returns images and a function that returns (labels, names of classes) or Nones.
 
 
 def load(spec, cache=None, resolution=None):
-    """The data set that `spec` names.
+    """The `Dataset` that `spec` names; raises `UserError`.
 
-    spec: `digits`, `fashion-mnist`, `cifar10`, or the path of an IDX folder, of CIFAR-10's tar.gz, of a folder or zip
-        of images (optional `dataset.json` with labels) or of EDM2 latents (`.npy`), or of a `.npz` with uint8 images
-        (`images` or `arr_0`) and optional labels (`labels` or `arr_1`). IDX and CIFAR-10 give the training set;
-        `:test` at the end of `spec` asks for the test set.
-    cache: folder for what is downloaded or converted; the default is `files.cache_dir()`.
-    resolution: cut the largest square out of the middle of each image and resize it to so many pixels (Lanczos), as the
-        dataset tool of EDM does with `--transform=center-crop`.
+    spec: `digits`, `fashion-mnist`, `cifar10` or a path: IDX folder (MNIST), CIFAR-10's binary
+        tar.gz, folder or zip of images or latents (.npy) with labels from a dataset.json or class
+        folders, .npz (`images` or `arr_0`, `labels` or `arr_1`). `:test` of IDX and CIFAR-10.
+    cache: folder for what is downloaded or converted; default `files.cache_dir()`.
+    resolution: cut out the middle of each image and resize it (Lanczos), as EDM's dataset tool
+        does with `--transform=center-crop`.
     """
     name, cache = str(spec), Path(cache) if cache else cache_dir()
     source, test = name.removesuffix(":test"), name.endswith(":test")
-    path = DIGITS if source == "digits" else _fetch(source, cache) if source in DOWNLOADS else Path(source).expanduser()
+    path = Path(source).expanduser()
+    if source == "digits" or source in DOWNLOADS:
+        if path.is_dir():
+            _say(f"{source}: the built-in data set; for your folder of this name give ./{source}")
+        path = DIGITS if source == "digits" else _fetch(source, cache)
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder; a data set is digits, fashion-mnist, cifar10 or a path")
-    with reading(path, "a data set", "delete it and get it again" if source in DOWNLOADS else "get it again"):
-        listing = _list_folder(path) if path.is_dir() else [(path.name, path.stat().st_size, path.stat().st_mtime_ns)]
-        key = hashlib.sha256(repr((os.path.abspath(path), test, resolution, listing)).encode()).hexdigest()[:16]
-        whole = cache / "datasets" / f"{path.stem}-{key}"
-        if whole.is_dir():
-            return Dataset(name, *_open_cache(whole))
-        if any(file.startswith(("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")) for file, *_ in listing):
-            images, labels = _load_idx(path, "t10k" if test else "train")
-        elif path.name.endswith((".tar.gz", ".tgz")):
+        raise UserError(f"{path}: no such file; give digits, fashion-mnist, cifar10 or a path")
+    with reading(path, "a data set"):
+        names, kind = _list_folder(path) if path.is_dir() else [], path.name.lower()
+        idx = {name.replace(".idx", "-idx").removesuffix(".gz"): path / name for name in names}
+        if "train-images-idx3-ubyte" in idx or "t10k-images-idx3-ubyte" in idx:
+            images, labels = _load_idx(idx, "t10k" if test else "train")
+        elif kind.endswith((".tar.gz", ".tgz")):
             images, labels = _load_cifar10(path, test)
+        elif "data_batch_1" in idx or "data_batch_1.bin" in idx:
+            raise UserError("CIFAR-10, unpacked; give cifar-10-binary.tar.gz or --data cifar10")
         elif test:
-            raise UserError(f"{name}: only IDX folders and CIFAR-10 have a test set; leave out :test")
-        elif path.suffix == ".npz":
-            images, labels = _load_npz(path, whole, resolution)
-        elif path.is_dir() or path.suffix == ".zip":
-            images, labels = _load_files(path, [file for file, *_ in listing], whole, resolution)
+            raise UserError("only IDX folders and CIFAR-10 have a test set; leave out :test")
+        elif kind.endswith(".npz"):
+            images, labels = _load_npz(path)
+        elif path.is_dir() or kind.endswith(".zip"):
+            images, labels = _load_files(path, names, cache, resolution)
         else:
             raise UserError("not a data set; give a folder, a .zip, a .npz or CIFAR-10's .tar.gz")
-        if resolution and images.dtype == np.uint8 and images.shape[1:3] != (resolution, resolution):
-            images, labels = _convert(path, images, len(images), lambda image: _fit(_to_pillow(image), resolution), labels, whole)
-    return Dataset(name, images, labels)
+        if resolution and images.dtype == np.uint8:
+            _check(images, any_size=True)
+            if images.shape[1:3] != (resolution, resolution):
+                images = np.stack([_fit(_to_pillow(image), resolution) for image in images])
+        try:
+            with reading(path, "labels"):
+                return Dataset(name, images, *labels())
+        except UserError as error:  # matters only with --cond
+            return Dataset(name, images, label_error=str(error))
 
 
 def _fetch(name, cache):
-    """Where the data set `name` is, after its files were downloaded if they are missing."""
-    url, hashes = DOWNLOADS[name]
+    """Where the data set `name` is; what is missing is downloaded."""
+    (url, hashes), folder = DOWNLOADS[name], cache / name
     if name == "fashion-mnist" and all((FASHION_MNIST / file).exists() for file in hashes):
         return FASHION_MNIST
-    folder = cache / name if len(hashes) > 1 else cache
     for file, md5 in hashes.items():
         if not (folder / file).exists():
             download(url + file, folder / file, "md5", md5)
     return folder if len(hashes) > 1 else folder / file
 
 
-def _list_folder(folder):
-    """Sorted (name, bytes, time) of the files below `folder` that can be part of a data set."""
-    def refuse(error):
-        raise error
-
-    files = []
-    for parent, _, names in os.walk(folder, onerror=refuse, followlinks=True):
-        for name in names:
-            short = Path(parent, name).relative_to(folder).as_posix()
-            if short == "dataset.json" or short.lower().endswith((*IMAGE_SUFFIXES, ".npy", "-ubyte", "-ubyte.gz")):
-                stat = os.stat(os.path.join(parent, name))
-                files.append((short, stat.st_size, stat.st_mtime_ns))
-    return sorted(files)
+def _say(text):
+    if os.environ.get("RANK", "0") == "0":
+        print(UserError(text), file=sys.stderr, flush=True)  # one printable line
 
 
-def _check_shape(shape, dtype):
-    """Refuse arrays that no network here takes: shape [N, ...]."""
+def _check(images, any_size=False):
+    """Refuse arrays [N, ...] that no network takes."""
+    shape, dtype = images.shape, images.dtype
     latents = dtype == np.float32 and len(shape) == 4 and shape[1] == 8 and shape[2] == shape[3]
     if not latents and not (dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3)):
-        raise UserError(f"{dtype} {list(shape)}; expected images, uint8 [N, H, W, 1 or 3], or latents, float32 [N, 8, h, h]")
-    if min(shape) < 1:
+        raise UserError(f"{dtype} {list(shape)}; expected images, uint8 [N, H, W, 1 or 3], "
+                        "or latents, float32 [N, 8, h, h]")
+    if 0 in shape:
         raise UserError("holds no images; give others")
-    if not latents and shape[1] != shape[2]:
-        raise UserError(f"{shape[2]}x{shape[1]} (width x height), but the networks need squares; {RESIZE}")
+    if not latents and not any_size and shape[1] != shape[2]:
+        raise UserError(f"{shape[2]}x{shape[1]} pixels, but networks need squares; {RESIZE}")
 
 
-def _load_idx(folder, split):
+def _load_idx(files, split):
     """MNIST's format: a big-endian header (magic number, lengths), then bytes."""
-    arrays = []
-    for kind, magic, ndim in (("images-idx3", 0x803, 3), ("labels-idx1", 0x801, 1)):
-        path = folder / f"{split}-{kind}-ubyte"
-        path = path if path.exists() else path.with_name(path.name + ".gz")
-        if not path.exists():
-            raise UserError(f"{path}: no such file; an IDX data set needs its images and its labels in one folder")
-        unpacked = gzip.open if path.suffix == ".gz" else open
-        with reading(path, "an IDX file", "delete it and get it again"), unpacked(path, "rb") as file:
-            data = file.read()
-            header = [int.from_bytes(data[i:i + 4], "big") for i in range(0, 4 + 4 * ndim, 4)]
-            if header[0] != magic:
-                raise ValueError(f"magic number {header[0]:#010x}, expected {magic:#010x} for {kind[:6]}")
-            arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(header[1:]))
-    images, labels = arrays
-    return images[..., None], labels.astype(np.int64)
+
+    def read(kind, magic, ndim):
+        if (path := files.get(f"{split}-{kind}-ubyte")) is None:
+            raise UserError(f"has no {split}-{kind}-ubyte; add it")
+        unpack = gzip.decompress if path.suffix == ".gz" else bytes
+        with reading(path, "an IDX file", "delete it and get it again"):
+            content = unpack(path.read_bytes())
+            found, *shape = np.frombuffer(content, ">u4", 1 + ndim).tolist()
+            if found != magic:
+                raise ValueError(f"magic number {found:#x}, expected {magic:#x}")
+            return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
+
+    return read("images-idx3", 0x803, 3)[..., None], lambda: [read("labels-idx1", 0x801, 1)]
 
 
 def _load_cifar10(path, test):
-    """The official tar.gz of Python 2 pickles, which are read without executing anything."""
-    wanted, found = ["test_batch"] if test else [f"data_batch_{i}" for i in range(1, 6)], {}
+    """The binary version: per image 1 byte of label and 3072 of the planes R, G, B."""
+    wanted = ["test_batch.bin"] if test else [f"data_batch_{i}.bin" for i in range(1, 6)]
     with tarfile.open(path, "r:gz") as tar:
-        for member in tar:
-            name = Path(member.name).name
-            if name not in wanted or not member.isfile():
-                continue
-            with reading(f"{path}: {name}", "a CIFAR-10 batch", "delete it and get it again"):
-                batch = read_pickle(tar.extractfile(member), NUMPY_STAND_INS, f"{path}: {name}", encoding="bytes")
-                data, labels = batch[b"data"].array(), batch[b"labels"]
-                if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
-                    raise ValueError(f"`data` is {data.dtype} {list(data.shape)}, expected uint8 [n, 3072]")
-                if not isinstance(labels, list) or len(labels) != len(data) or not all(_is_class(y) for y in labels):
-                    raise ValueError(f"`labels` do not match; expected {len(data)} integers from 0 on")
-            found[name] = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(labels, np.int64)
+        found = {posixpath.basename(member.name): tar.extractfile(member).read()
+                 for member in tar if member.isfile() and member.name.endswith(".bin")}
     if missing := [name for name in wanted if name not in found]:
-        raise UserError(f"has no {missing[0]}; expected CIFAR-10's python version, which --data cifar10 downloads")
-    images, labels = zip(*(found[name] for name in wanted))
-    return np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels)
+        raise UserError(f"has no {missing[0]}; give CIFAR-10's binary version, "
+                        "cifar-10-binary.tar.gz, or --data cifar10, which downloads it")
+    records = np.frombuffer(b"".join(found[name] for name in wanted), np.uint8).reshape(-1, 3073)
+    if records[:, 0].max() > 9:
+        raise ValueError("a label above 9")
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), lambda: [records[:, 0]]
 
 
-def _is_class(label):
-    return type(label) is int and 0 <= label < 2**31
+def _load_npz(path):
+    arrays = np.load(path)  # executes nothing: allow_pickle is False
+    key, labels = (next((key for key in keys if key in arrays.files), None)
+                   for keys in (("images", "arr_0"), ("labels", "arr_1")))
+    if key is None and "mu" in arrays.files:
+        raise UserError("holds statistics (mu, sigma), not images; only FID can use it")
+    if key is None:
+        raise UserError(f"has no array `arr_0` or `images`, only {arrays.files}; give another")
+    images = np.ascontiguousarray(arrays[key])
+    images = images[..., None] if images.ndim == 3 else images
+    return images, lambda: [arrays[labels] if labels else None]
 
 
-def _load_npz(path, whole, resolution):
-    """A sample batch, uint8 [N, H, W, C] or [N, H, W]. A large one is mapped where it lies, unless it is compressed."""
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        key = next((key for key in ("images.npy", "arr_0.npy") if key in names), None)
-        if key is None and "mu.npy" in names:
-            raise UserError("holds statistics (mu, sigma), not images; it can only be a reference for FID")
-        if key is None:
-            raise UserError(f"has no array `arr_0` or `images`, only {sorted(names)}; give another file")
-        labels = next((name for name in ("labels.npy", "arr_1.npy") if name in names), None)
-        if labels:
-            with archive.open(labels) as member:
-                labels = np.lib.format.read_array(member, allow_pickle=False)
-        with archive.open(key) as member:
-            old = np.lib.format.read_magic(member) == (1, 0)
-            read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read_header(member)
-            shape, order = shape if len(shape) != 3 else (*shape, 1), "F" if fortran else "C"
-            size = math.prod(shape)
-            _check_shape((*shape[:1], resolution, resolution, *shape[3:]) if resolution else shape, dtype)
-            info, start = archive.getinfo(key), member.tell()
-            if info.file_size != start + size:
-                raise ValueError(f"{key} has {info.file_size - start} bytes for the shape {list(shape)}")
-            if size <= MEMORY_LIMIT or fortran and info.compress_type != zipfile.ZIP_STORED:
-                return np.frombuffer(member.read(), np.uint8).reshape(shape, order=order), labels
-            if info.compress_type != zipfile.ZIP_STORED:
-                images = (np.frombuffer(member.read(size // shape[0]), np.uint8).reshape(shape[1:]) for _ in range(shape[0]))
-                return _convert(path, images, shape[0], lambda image: _fit(_to_pillow(image), resolution), labels, whole)
-            while member.read(2**24):  # to the end, where zipfile compares the check sum
-                pass
-        archive.fp.seek(info.header_offset + 26)  # of the header before the member: 30 bytes, then two texts
-        lengths = np.frombuffer(archive.fp.read(4), "<u2")
-        start += info.header_offset + 30 + int(lengths.sum())
-        return np.memmap(path, np.uint8, "r", start, shape, order), labels
+def _list_folder(folder):
+    """Sorted names of the files below `folder`. Links are followed, each folder is read once."""
+    names, seen, todo = [], {str(parent) for parent in folder.resolve().parents}, [folder]
+    for parent in todo:
+        if (real := os.path.realpath(parent)) in seen:
+            continue
+        seen.add(real)
+        entries = sorted(filter(lambda e: _visible(e.name), os.scandir(parent)), key=os.fspath)
+        todo += [entry.path for entry in entries if entry.is_dir()]
+        files = [entry.path for entry in entries if not entry.is_dir()]
+        names += [Path(file).relative_to(folder).as_posix() for file in files]
+    return sorted(names)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Folders and zips: one file per image.
+def _visible(name):
+    """False for hidden files, folders in a zip, and what a NAS or macOS adds."""
+    parts = name.split("/")
+    return parts[-1] and not any(p.startswith((".", "@eaDir", "__MACOSX")) for p in parts)
 
 
-def _load_files(path, names, whole, resolution):
-    """A folder or zip of images or latents: (images, labels), in the order of the names. `names`: those in the folder."""
-    with contextlib.nullcontext() if path.is_dir() else zipfile.ZipFile(path) as archive:
-        names = sorted(set(archive.namelist())) if archive else names
-        names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]  # hidden files
-        images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-        latents = [name for name in names if name.lower().endswith(".npy")]
-        if images and latents:
-            raise UserError(f"holds both images ({images[0]}) and latents ({latents[0]}); give one kind")
-        if not images and not latents:
-            raise UserError(f"no images in it ({' '.join(IMAGE_SUFFIXES)}) and no latents (.npy); give another")
-        if latents and resolution:
-            raise UserError("latents cannot be resized; leave out --resolution")
+def _load_files(path, names, cache, resolution):
+    """A folder or zip with one file per image or latent."""
+    archive = None if path.is_dir() else zipfile.ZipFile(path)
+    names = sorted(filter(_visible, set(archive.namelist()))) if archive else names
+    images = [name for name in names if name.lower().endswith(SUFFIXES)]
+    latents = [name for name in names if name.lower().endswith(".npy")]
+    files = images or latents
+    if not files or images and latents:
+        raise UserError(f"{len(images)} images ({' '.join(SUFFIXES)}) and {len(latents)} latents "
+                        "(.npy) in it; give one kind")
+    if latents and resolution:
+        raise UserError("latents cannot be resized; leave out --resolution")
+    unread = [n for n in names if not n.lower().endswith((*SUFFIXES, ".npy", "dataset.json"))]
+    if unread:
+        suffixes = sorted({posixpath.splitext(name)[1].lower() for name in unread})
+        _say(f"{path}: {len(unread)} files not read: {' '.join(suffixes)}")
 
-        def read(name):
-            return archive.read(name) if archive else (path / name).read_bytes()
+    def read(name):
+        return archive.read(name) if archive else (path / name).read_bytes()
 
-        def decode(name, colour=False):
-            with reading(f"{path}/{name}", "an image" if images else "a latent (.npy)", "replace it or remove it"):
-                file = io.BytesIO(read(name))
-                array = _decode_image(file, resolution, colour) if images else np.lib.format.read_array(file, allow_pickle=False)
-                _check_shape((1, *array.shape), array.dtype)
-                return array
+    def decode(name, colour=False):
+        kind = "an image" if images else "a latent (.npy)"
+        with reading(f"{path}/{name}", kind, "replace it or remove it"):
+            file = io.BytesIO(read(name))
+            array = (_decode_image(file, resolution, colour) if images
+                     else np.lib.format.read_array(file))
+            _check(array[None])
+            return array
 
-        labels = None
-        if "dataset.json" in names:
-            form = 'of the form {"labels": [["img.png", 3], ...]} or {"labels": null}'
-            with reading(f"{path}/dataset.json", form, "correct it or remove it"):
-                labels = _read_labels(read("dataset.json"), images or latents)
-        names = images or latents
+    stats = [os.stat(path / name) for name in ([""] if archive else files)]
+    stats = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    key = repr((CACHE_VERSION, os.path.abspath(path), resolution, files, stats)).encode()
+    folder = cache / "datasets" / f"{path.stem}-{hashlib.sha256(key).hexdigest()[:16]}"
+    try:
+        arrays = _convert(path, files, decode, folder)
+    except _Mixed:
+        arrays = _convert(path, files, functools.partial(decode, colour=True), folder)
+    return arrays, lambda: _read_labels(names, files, read)
+
+
+class _Mixed(Exception):
+    """Gray images and images in colour: all become RGB."""
+
+
+def _convert(path, names, decode, folder):
+    """What `decode` makes of `names` as one array, in memory or mapped from the cache `folder`."""
+    if not folder.is_dir():
+        first, count = decode(names[0]), len(names)
+        arrays, shape = _decode_all(path, names, decode, first.shape), (count, *first.shape)
+        if count * first.nbytes <= MEMORY_LIMIT:
+            return np.fromiter(arrays, np.dtype((first.dtype, first.shape)), count)
+        print(f"converting {path} to {folder} (once)", file=sys.stderr, flush=True)
+        header = {"descr": first.dtype.str, "fortran_order": False, "shape": shape}
         try:
-            return _convert(path, names, len(names), decode, labels, whole)
-        except _Colour:  # all become RGB
-            return _convert(path, names, len(names), functools.partial(decode, colour=True), labels, whole)
+            with atomic(folder) as part:
+                part.mkdir()
+                with open(part / "images.npy", "wb") as file:  # a full disk would crash a map
+                    np.lib.format.write_array_header_1_0(file, header)
+                    file.writelines(array.tobytes() for array in arrays)
+        except OSError:
+            if not folder.is_dir():  # else another process has converted the same
+                raise
+    with reading(folder, "a converted data set", "delete this folder and it will be made again"):
+        return np.load(folder / "images.npy", mmap_mode="r")
 
 
-def _read_labels(text, names):
-    """Labels int64 [N] in the order of `names` from the text of a dataset.json, or None where it has none."""
-    labels = json.loads(text)["labels"]
-    if labels is None:
-        return None
-    labels = {name: label for name, label in labels}
-    for name in names:
-        if name not in labels:
-            raise UserError(f'no label for {name}; give every image one, or {{"labels": null}}')
-        if not _is_class(labels[name]):
-            raise UserError(f"the label of {name} is {labels[name]!r}; expected an integer from 0 on")
-    if len(labels) != len(names):
-        extra = min(labels.keys() - set(names))
-        raise UserError(f"{len(labels)} labels for {len(names)} images; there is no {extra}")
-    return np.array([labels[name] for name in names], np.int64)
+def _decode_all(path, names, decode, shape):
+    """Yield `decode(name)` in order, all of one shape."""
+    count = len(names)
+    with ThreadPoolExecutor(4) as pool:  # Pillow decodes without Python's lock
+        for i in range(0, count, 256):  # as many are held at a time
+            for name, array in zip(names[i:i + 256], pool.map(decode, names[i:i + 256])):
+                if array.shape != shape and array.shape[:2] == shape[:2]:
+                    raise _Mixed
+                if array.shape != shape:
+                    raise UserError(f"{path}/{name}: {list(array.shape)}, but {names[0]} has "
+                                    f"{list(shape)}; all need one size: {RESIZE}")
+                yield array
+            done = min(i + 256, count)
+            status(f"reading {path}: {done} / {count}", "\n" * (done == count))
 
 
 def _decode_image(file, resolution, colour):
-    """An image file -> uint8 [H, W, C], C = 1 if it is stored in gray and `colour` is not asked for, else 3."""
+    """An image file as uint8 [H, W, C]: C = 1 if it is gray and `colour` is false, else 3."""
     try:
-        image = Image.open(file, formats=("PNG", "JPEG", "BMP", "WEBP"))
+        image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        raise UserError("not a PNG, JPEG, BMP or WebP image; replace it or remove it") from None
-    if image.mode[0] in "IF":  # Pillow would clip 16 bits to 8
-        raise UserError("has more than 8 bits per channel; convert it to 8 bits")
-    if image.format == "PNG" and image.width * image.height > 8 * 1032 * file.getbuffer().nbytes:  # as far as deflate goes
-        raise UserError("damaged: more pixels than a file of this size can hold; replace it or remove it")
+        raise UserError(f"not an image ({' '.join(FORMATS)}); replace or remove it") from None
+    except Image.DecompressionBombError:
+        raise UserError("too large (Pillow refuses so many pixels); make it smaller") from None
+    depth = file.getbuffer()[24] if image.format == "PNG" else 8  # the mode is RGB for 16 bits too
+    depth = max(image.tag_v2.get(258, (1,))) if image.format == "TIFF" else depth
+    if depth > 8:
+        raise UserError(f"has {depth} bits per channel; convert it to 8 bits")
+    image.load()
+    with contextlib.suppress(Exception):  # damaged EXIF must not block the picture
+        ImageOps.exif_transpose(image, in_place=True)
     mode = "L" if image.mode in ("1", "L", "LA") and not colour else "RGB"
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -455,80 +449,47 @@ def _fit(image, resolution):
     if resolution:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side)).resize((resolution, resolution), Image.Resampling.LANCZOS)
+        image = image.crop((left, top, left + side, top + side))
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
     array = np.asarray(image)
     return array if array.ndim == 3 else array[..., None]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Conversion: into memory, or if the result is large into a folder of the cache, with images.npy and perhaps labels.npy.
-# The folder is there as a whole or not at all.
+def _read_labels(names, files, read):
+    """(labels [N], names of classes) of `files`, from a dataset.json or else from class folders."""
+
+    def plain(name):  # a dataset.json may spell it with \\, ./ or other accents
+        return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))
+
+    images = list(map(plain, files))
+    tables = [name for name in names if posixpath.basename(name) == "dataset.json"]
+    if not tables:  # torchvision's convention; 00000, 00001 ... are the folders of write_images
+        top = posixpath.commonpath(map(posixpath.dirname, images))
+        parts = [name.removeprefix(top).strip("/").split("/") for name in images]
+        classes, labels = np.unique([part[0] for part in parts], return_inverse=True)
+        if min(map(len, parts)) < 2 or all(len(c) == 5 and c.isdigit() for c in classes):
+            return None, None
+        return labels, classes.tolist()
+    table, labels = min(tables, key=len), {}
+    form = 'of the form {"labels": [["img.png", 3], ...]} or {"labels": null}'
+    with reading(table, form, "correct it or remove it"):
+        pairs = json.loads(read(table))["labels"]
+        if pairs is None:
+            return None, None
+        for name, label in pairs:
+            name = plain(posixpath.join(posixpath.dirname(table), name))
+            if type(label) is not int or not 0 <= label < 2**31:
+                raise UserError(f"the label of {name} is {label!r}; expected an integer from 0 on")
+            if labels.setdefault(name, label) != label:
+                raise UserError(f"{name} is listed with two labels; correct it")
+        missing, extra = sorted(set(images) - set(labels)), sorted(set(labels) - set(images))
+        if missing or extra:
+            raise UserError(f"{len(missing)} images without a label {missing[:1]}, {len(extra)} "
+                            f"labels without an image {extra[:1]}; give each image one label")
+        return np.array([labels[name] for name in images]), None
 
 
-class _Colour(Exception):
-    """A set holds both gray images and images in colour."""
-
-
-def _convert(path, items, count, decode, labels, whole):
-    """(images, labels) of the `count` arrays that `decode` makes of `items`. `whole`: the folder of the cache."""
-    arrays = _decode_all(path, items, count, decode)
-    first = next(arrays)
-    arrays = itertools.chain([first], arrays)
-    if count * first.nbytes <= MEMORY_LIMIT:
-        return np.fromiter(arrays, np.dtype((first.dtype, first.shape)), count), labels
-    # Another process, perhaps on another machine with the same cache, may be making the same.
-    held = lock(whole.parent.with_name("locks") / whole.name, whole, wait=True)
-    with held or contextlib.nullcontext():
-        if whole.is_dir():
-            return _open_cache(whole)
-        if held:
-            remove_parts(whole.parent, whole.name)
-        print(f"converting {path} to {whole} (once)", file=sys.stderr, flush=True)
-        try:
-            with atomic(whole) as part:
-                part.mkdir(exist_ok=True)  # without locks a killed process may have left one
-                with open(part / "images.npy", "wb") as file:  # not through a memory map, where a full disk is a crash
-                    _write_npy_header(file, (count, *first.shape), first.dtype)
-                    for array in arrays:
-                        file.write(array.tobytes())
-                if labels is not None:
-                    np.save(part / "labels.npy", labels)
-        except OSError as error:
-            if not whole.is_dir():  # without locks another process can have finished the same conversion first
-                error.filename = error.filename or error.errno and str(whole)
-                raise
-    return _open_cache(whole)
-
-
-def _decode_all(path, items, count, decode):
-    """Yield `decode(item)` in order, all of one shape. A few threads share the work (Pillow lets them run side by side)."""
-    items, first, done = iter(items), None, 0
-    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        while some := list(itertools.islice(items, 256)):  # no more than these are held at a time
-            for item, array in zip(some, pool.map(decode, some)):
-                first, shape = (item, array.shape) if first is None else (first, shape)
-                if array.dtype == np.uint8 and array.shape[2] != shape[2]:
-                    raise _Colour
-                if array.shape != shape:
-                    raise UserError(f"{path}/{item}: {list(array.shape)}, but {first} has {list(shape)}; all must be of one "
-                                    f"size{f': {RESIZE}' if array.dtype == np.uint8 else ''}")
-                yield array
-            done += len(some)
-            status(f"reading {path}: {done} / {count}", "\n" * (done == count))
-
-
-def _open_cache(whole):
-    with reading(whole, "a converted data set", "delete this folder and it will be made again"):
-        labels = whole / "labels.npy"
-        return np.load(whole / "images.npy", mmap_mode="r"), np.load(labels) if labels.exists() else None
-
-
-def _write_npy_header(file, shape, dtype):
-    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing.
 
 
@@ -537,77 +498,62 @@ def save_grid(images, path, columns, scale=1, padding=2):
 
     Each pixel becomes a square of `scale` pixels; `padding` white pixels separate the images.
     """
-    count, height, width, channels = images.shape
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    step_y, step_x = height * scale + padding, width * scale + padding
-    grid = np.full((-(-count // columns) * step_y + padding, columns * step_x + padding, channels), 255, np.uint8)
-    for i, image in enumerate(images):
-        y, x = i // columns * step_y + padding, i % columns * step_x + padding
-        grid[y:y + height * scale, x:x + width * scale] = image
+    around = [(0, -len(images) % columns), (0, padding), (0, padding), (0, 0)]
+    images = np.pad(images, around, constant_values=255)
+    rows = images.reshape(-1, columns, *images.shape[1:]).swapaxes(1, 2)
+    grid = rows.reshape(rows.shape[0] * rows.shape[1], -1, rows.shape[-1])
+    grid = np.pad(grid, [(padding, 0), (padding, 0), (0, 0)], constant_values=255)
     with atomic(path) as part:
         _to_pillow(grid).save(part, format="PNG")  # the temporary name does not end in .png
 
 
 def save_panels(sets, path, side=8, scale=1):
-    """Write one PNG that shows the first side x side images of each of `sets` (uint8 [N, H, W, C]) next to one another.
-
-    If a set has fewer, all panels are smaller.
-    """
+    """Write one PNG with the first side x side images (or fewer) of sets of uint8 [N, H, W, C]."""
     sets = list(sets)
-    side = min(side, *(math.isqrt(len(images)) for images in sets))
+    side = min(side, *(int(len(images)**0.5) for images in sets))
     panels = [images[: side**2].reshape(side, side, *images.shape[1:]) for images in sets]
     gap = np.full_like(panels[0][:, :1], 255)
     rows = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
-    save_grid(rows.reshape(-1, *rows.shape[2:]), path, columns=rows.shape[1], scale=scale, padding=1)
+    save_grid(rows.reshape(-1, *rows.shape[2:]), path, rows.shape[1], scale, padding=1)
 
 
 def write_images(batches, out, count):
-    """Write `count` images, streamed: memory use does not grow with their number. `load(out)` reads them again.
+    """Write `count` images; `load(out)` reads them again.
 
-    batches: iterable of (images, labels): uint8 [n, H, W, C], or float32 [n, 4, h, w] for latents; int [n] or None.
-    out: a path ending in .npz, for one file with `arr_0` (`latents` for latents) and, with labels, `arr_1`;
-        or a new or empty folder, for PNG files and, with labels, a dataset.json.
+    batches: iterable of (images, labels): uint8 [n, H, W, C], or float32 [n, 4, h, w] for latents;
+        int [n] or None.
+    out: a path ending in .npz, for `arr_0` (`latents` for latents) and perhaps `arr_1`, which are
+        collected in memory; or a new or empty folder, for PNG files and perhaps a dataset.json.
     """
-    out, labels, written = Path(out), [], 0
-    if out.suffix != ".npz" and out.exists() and not (out.is_dir() and not any(out.iterdir())):  # before the first batch
+    out, names, labels = Path(out), [], []
+    if out.suffix.lower() == ".npz":
+        images, labels = zip(*batches)
+        images = np.concatenate(images)
+        assert len(images) == count
+        arrays = {"arr_0" if images.dtype == np.uint8 else "latents": images}
+        arrays |= {} if labels[0] is None else {"arr_1": np.concatenate(labels)}
+        with atomic(out) as part, open(part, "wb") as file:
+            np.savez(file, **arrays)
+        return
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists already; give a new folder, or remove this one")
-
-    def images():
-        nonlocal written
-        for batch, batch_labels in batches:
-            written += len(batch)
-            labels.extend([] if batch_labels is None else [int(label) for label in batch_labels])
-            yield batch
-
     with atomic(out) as part:
-        (_write_npz if out.suffix == ".npz" else _write_folder)(images(), labels, part, count)
-        assert written == count, (written, count)
-
-
-def _write_npz(batches, labels, part, count):
-    """Write arrays [n, ...] that together have `count` rows; `labels` is complete after the last of them."""
-    first = next(batches)
-    with zipfile.ZipFile(part, "w") as archive:
-        with archive.open("arr_0.npy" if first.dtype == np.uint8 else "latents.npy", "w", force_zip64=True) as member:
-            _write_npy_header(member, (count, *first.shape[1:]), first.dtype)
-            for batch in itertools.chain([first], batches):
-                member.write(batch.tobytes())
+        part.mkdir()
+        for images, batch_labels in batches:
+            if images.dtype != np.uint8:
+                raise UserError("latents need a .npz file; let --out end in .npz")
+            labels += [] if batch_labels is None else [int(label) for label in batch_labels]
+            for image in images:
+                i = len(names)
+                names.append(f"{i // 1000:05d}/img{i:08d}.png")  # 1000 in a folder
+                (part / names[-1]).parent.mkdir(exist_ok=True)
+                _to_pillow(image).save(part / names[-1])
+        assert len(names) == count
         if labels:
-            with archive.open("arr_1.npy", "w") as member:
-                np.lib.format.write_array(member, np.array(labels, np.int64))
+            text = json.dumps({"labels": list(zip(names, labels))})
+            (part / "dataset.json").write_text(text)
 
 
-def _write_folder(batches, labels, part, count):
-    part.mkdir()
-    names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(count)]  # a thousand per folder keeps listings quick
-    for image, name in zip(itertools.chain.from_iterable(batches), names):
-        if image.dtype != np.uint8:
-            raise UserError("latents can only be written to a .npz file; give --out a name that ends in .npz")
-        (part / name).parent.mkdir(exist_ok=True)
-        _to_pillow(image).save(part / name)
-    if labels:
-        (part / "dataset.json").write_text(json.dumps({"labels": list(zip(names, labels))}))
-
-
-def _to_pillow(image):  # uint8 [H, W, C]; Pillow wants gray images without a channel axis
+def _to_pillow(image):  # Pillow wants gray images without a channel axis
     return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
