@@ -1,139 +1,109 @@
-"""Files, on which everything else stands: nothing half-written, nothing executed, no damage without a clear word.
-
-Errors for the user, atomic writing, locks, checkpoints of plain data, pickles of unknown origin read without running
-anything that they name, hashes, downloads and the cache folder.
-"""
+"""Files: one-line errors, atomic writing, checkpoints, downloads; nothing read is executed."""
 
 import contextlib
 import errno
-import functools
 import hashlib
-import http.client
+import io
 import json
 import os
 import pickle
+import re
 import shutil
 import socket
 import sys
-import time
-import urllib.request
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 
 class UserError(Exception):
     """Bad input. The message is one line that names the cause and the remedy."""
 
     def __init__(self, message):
-        text = "".join(c if c.isprintable() else " " for c in str(message)[:2000])  # parts may come from a hostile file
+        text = "".join(c if c.isprintable() else " " for c in str(message)[:2000])
         text = " ".join(text.split())
-        super().__init__(text if len(text) <= 500 else f"{text[:350]} ... {text[-150:]}")  # the remedy comes last
+        super().__init__(text if len(text) <= 500 else f"{text[:350]} ... {text[-150:]}")
 
 
 @contextlib.contextmanager
 def reading(path, what, remedy="get it again"):
-    """Around a parser: whatever a damaged or foreign file makes it raise becomes a `UserError`: path, `what`, `remedy`.
-
-    A `UserError` from inside need not name the file: it does so afterwards. Errors of the system (no permission, a full
-    disk) keep their words and get the file's name. Parsers raise OSError too: without a number, or "invalid argument" where
-    damage sends them to a place before the file's beginning.
-    """
+    """Turn any parsing error into a `UserError`: the path, `what` it should be, the remedy."""
     try:
         yield
     except FileNotFoundError as error:
-        missing = str(error.filename or path)
-        raise UserError(f"{missing}: no such file{f'; {remedy}' if missing != str(path) else ''}") from None
+        raise UserError(f"{error.filename or path}: no such file; give another") from None
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
     except torch.OutOfMemoryError:  # the device is full, the file is sound
         raise
     except Exception as error:
+        # Parsers raise OSError without a number, or EINVAL when they seek to before the start.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             error.filename = error.filename or str(path)
             raise
         cause = f"{type(error).__name__}: {error}"[:200]
+        if "weights_only" in str(error):  # torch advises to load without this protection
+            cause = "it holds more than tensors and plain data"
         raise UserError(f"{path}: not {what}, or damaged ({cause}); {remedy}") from None
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary path beside `path`; on success it replaces `path`, on failure `path` stays as it was.
+    """Yield a temporary path beside `path`; on success it replaces `path`, on failure `path` stays.
 
-    What replaces `path` (a file, or a folder with its files) is on the disk by then: a power loss leaves the old or the new.
+    A power loss leaves the old or the new file, or folder with the files directly in it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         yield part
-        for written in (*part.glob("*"), part):
-            flush(written)
+        for file in (part, *part.glob("*")):
+            if file.is_file():
+                flush(file)
         os.replace(part, path)
-        flush(path.parent)
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk comes without a name
+            error.filename = str(path)
+        raise
     finally:
-        _remove(part)
+        shutil.rmtree(part, ignore_errors=True)
+        part.unlink(missing_ok=True)
 
 
 def flush(path):
-    """Wait until the content of a file, or the names in a folder, are on the disk."""
-    folder = path.is_dir()
-    with contextlib.suppress(OSError) if folder else contextlib.nullcontext():  # not all systems can flush folders
-        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Wait until a file is on the disk."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
 
 
-def _remove(path):
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def remove_parts(folder, name=""):
-    """Remove what killed processes left half-written of `name` (or of all) in `folder`. Only for who has locked it."""
+def remove_parts(folder):
+    """Remove what killed processes left half-written. Call only while holding the folder's lock."""
     for part in folder.glob(".*.part"):
-        if part.name.startswith(f".{name}"):
-            _remove(part)
+        shutil.rmtree(part, ignore_errors=True)
+        part.unlink(missing_ok=True)
 
 
-def lock(path, what, wait=False):
-    """Lock the file `path` until the returned file is closed or the process ends, in whatever way: the system releases it.
+def lock(path, what):
+    """Lock the file `path` until the returned file is closed or the process ends.
 
-    If another process has locked it: wait for it, or raise `UserError` that says who is using `what`. None where there
-    are no locks (Windows, some network drives): nothing is protected then, which a warning says.
+    Raises `UserError` if another process has locked it. None on systems and disks without locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+")
     try:
-        if fcntl is None:
-            raise OSError("not on Windows")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read() or "another process"
-            if not wait:
-                raise UserError(f"{what} is in use by {owner}; wait for it, stop it, or choose another folder") from None
-            print(f"waiting for {owner}, which makes {what}", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        print(f"warning: {path} cannot be locked ({error}); let no second process write there", file=sys.stderr, flush=True)
-        file.close()
+        import fcntl  # not on Windows
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f"{what} is in use by process {file.read()}; wait for it, stop it, "
+                        "or choose another folder") from None
+    except (ImportError, OSError):
         return None
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-    file.flush()
+    print(os.getpid(), "on", socket.gethostname(), end="", file=file, flush=True)
     return file
 
 
@@ -142,111 +112,82 @@ def save_checkpoint(data, path):
     with atomic(path) as part, open(part, "wb") as file:
         try:
             torch.save(data, file)
-        except RuntimeError as error:  # torch's writer hides the system's error, such as a full disk, behind its own
-            if isinstance(cause := error.__context__, OSError):
-                raise OSError(cause.errno, cause.strerror, str(path)) from None
-            raise
+        except RuntimeError as error:  # torch's writer hides a full disk behind its own error
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
-def load_plain(path, what):
-    """Read a file of tensors and plain data to the CPU; nothing in it is executed. `what` says what it should be."""
-    with reading(path, what):
-        if zipfile.is_zipfile(path):  # torch's current format; it does not look at the check sums itself
+def load_plain(path, what, remedy="get it again", mmap=False):
+    """Read a file of tensors and plain data to the CPU; nothing in it is executed.
+
+    `what` says what it should be. mmap: leave tensors in the file, so that processes share them.
+    """
+    with reading(path, what, remedy):
+        if zipfile.is_zipfile(path):  # torch's format, of which torch ignores the check sums
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"check sum of {damaged}")
-        return torch_load(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def torch_load(file):
-    """torch.load of tensors and plain data to the CPU, from a path or an open file."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's words advise to load it without this protection
-        raise UserError("refused: damaged, or more than tensors and plain data; get it again") from None
-
-
-def load_checkpoint(path):
-    """Read what `save_checkpoint` wrote, to the CPU. Nothing but plain data is accepted."""
-    data = load_plain(path, "a checkpoint of this project")
+def load_checkpoint(path, mmap=False):
+    """Read what `save_checkpoint` wrote, to the CPU."""
+    what, remedy = "a checkpoint of this project", "restore a copy, or delete it and train again"
+    data = load_plain(path, what, remedy, mmap)
     if not isinstance(data, dict) or "kind" not in data:
-        raise UserError(f"{path}: not a checkpoint of this project")
+        raise UserError(f"{path}: not {what}; give another file")
     return data
 
 
-class _NumpyDtype:
-    """Stands in for numpy.dtype in a pickle: keeps the name and the byte order, knows only plain numbers."""
+class Stub(dict):
+    """Stands for whatever a pickle names: keeps its items, `args` and `state`, and runs nothing."""
 
-    def __init__(self, name, *_):
-        self.name, self.order = (name.decode() if isinstance(name, bytes) else name), "|"
+    args, state = (), None
 
-    def __setstate__(self, state):
-        self.order = state[1].decode() if isinstance(state[1], bytes) else state[1]
-
-    def real(self):
-        if self.name.lstrip("<>|=")[:1] not in ("b", "i", "u", "f"):
-            raise UserError(f"a pickle holds an array of type {self.name!r}; only plain numbers are read")
-        return np.dtype(self.name).newbyteorder(self.order)
+    def __init__(self, *args):
+        self.args = args
 
 
-class PickledArray:
-    """Stands in for numpy.ndarray in a pickle: keeps the raw bytes; `array()` makes the real one, or fails in any way."""
-
-    state = None
-
-    def __init__(self, *_):
-        pass
-
-    def __setstate__(self, state):
-        self.state = state
-
-    def array(self):
-        _, shape, dtype, fortran, raw = self.state
-        raw = raw.encode("latin1") if isinstance(raw, str) else raw
-        return np.frombuffer(raw, dtype.real()).reshape(shape, order="F" if fortran else "C")
+def _tensor(data, offset, size, stride, *_):
+    storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return torch.empty(0, dtype=storage.dtype).set_(storage).as_strided(size, stride, offset)
 
 
-def _numpy_scalar(dtype, raw=b"\0"):
-    raw = raw.encode("latin1") if isinstance(raw, str) else raw
-    return np.frombuffer(raw, dtype.real())[0].item()
-
-
-def _encode(text, encoding="utf-8"):  # how Python 2 and old protocols spell bytes
-    return str(text).encode("latin1" if encoding == "latin1" else "utf-8")
-
-
-# What numpy data needs in a pickle. Every entry is inert: a class or function of this file.
-NUMPY_STAND_INS = {
-    "_codecs.encode": _encode,
-    "numpy.dtype": _NumpyDtype,
-    "numpy.ndarray": PickledArray,
-    **{f"numpy.{core}.multiarray._reconstruct": PickledArray for core in ("core", "_core")},
-    **{f"numpy.{core}.multiarray.scalar": _numpy_scalar for core in ("core", "_core")},
+_BUILDERS = {  # what is called for a name in a pickle, whatever its module
+    "set": set,
+    "OrderedDict": dict,
+    "encode": lambda text, *_: text.encode("latin1"),  # how protocol 2 spells bytes
+    "_reconstruct": lambda *_: np.empty(0),  # a numpy array, until its state comes
+    "_load_from_bytes": lambda data: data,  # a tensor's storage
+    "_rebuild_tensor_v2": _tensor,
+    "_rebuild_parameter": lambda tensor, *_: tensor,
 }
 
 
-class _StandInUnpickler(pickle._Unpickler):  # the one in Python: that in C fills gigabytes if a damaged pickle says so
-    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}  # it would too
-
-    def __init__(self, file, stand_ins, **kwargs):
-        super().__init__(file, **kwargs)
-        self.stand_ins = stand_ins
+class _Unpickler(pickle._Unpickler):  # in Python: C's allocates gigabytes if a damaged file says so
+    dispatch = dict(pickle._Unpickler.dispatch)
+    del dispatch[pickle.BYTEARRAY8[0]]  # so does this
 
     def find_class(self, module, name):
-        found = self.stand_ins.get(f"{module}.{name}")
-        if found is not None:  # a pickle can set attributes of what it is given: not of our own functions
-            return found if isinstance(found, type) else functools.partial(found)
-        raise UserError(f"refused: it asks for {module}.{name}, which no data file of this kind needs")
+        return _BUILDERS.get(name) or type(f"{module}.{name}", (Stub,), {})
+
+    def load_build(self):  # only these get a state: a pickle cannot change anything that is shared
+        state, made = self.stack.pop(), self.stack[-1]
+        if isinstance(made, Stub):
+            made.state = state
+        elif isinstance(made, np.ndarray):
+            _, shape, dtype, fortran, raw = state
+            if not re.fullmatch("[biuf][0-9]+", dtype.args[0]):
+                raise ValueError("an array of other things than numbers")
+            dtype = np.dtype(dtype.args[0]).newbyteorder(dtype.state[1])
+            made.__setstate__((1, shape, dtype, fortran, raw))
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
-def read_pickle(file, stand_ins, what, encoding="ASCII"):
-    """Unpickle `file` (an open binary file) with the callables in `stand_ins` {"module.name": callable} and no others.
-
-    Nothing that the pickle names is imported or run: a name outside `stand_ins` raises `UserError` with that name.
-    `what` names the file in error messages. Arrays come back as `PickledArray`.
-    """
-    with reading(what, "a pickle of this kind"):
-        return _StandInUnpickler(file, stand_ins, encoding=encoding).load()
+def read_pickle(path):
+    """Unpickle plain data, arrays, tensors, and a `Stub` for all else: nothing named is run."""
+    with reading(path, "a pickle of plain data"), open(path, "rb") as file:
+        return _Unpickler(file).load()
 
 
 def file_hash(path, algorithm="sha256"):
@@ -259,19 +200,17 @@ def file_hash(path, algorithm="sha256"):
 
 
 def json_lines(path, *keys):
-    """The values of a file of results, one of JSON a line; none if there is no such file.
-
-    Raises `UserError` if it is damaged, or if a line lacks one of `keys`: then it is of another program.
-    """
+    """The JSON lines of a results file, each an object with `keys`; none if there is no file."""
     with reading(path, "a file of results", "correct it or give another --results"):
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+        text = Path(path).read_text() if Path(path).exists() else ""
+        rows = [json.loads(line) for line in text.splitlines()]
         if not all(row.keys() >= set(keys) for row in rows):
             raise ValueError("lines of another program")
         return rows
 
 
 def status(text, end=""):
-    """Show `text` in place of the status before, if somebody is watching."""
+    """Show `text` in place of the status before, on a terminal."""
     if sys.stderr.isatty():
         print(f"\r{text}", end=end, file=sys.stderr, flush=True)
 
@@ -282,22 +221,15 @@ def cache_dir():
 
 
 def download(url, path, algorithm, expected):
-    """Fetch `url` to `path`, with progress, and keep it only if its hash begins with `expected`.
-
-    Raises `UserError` that says where to get the file and where to put it when there is no connection.
-    """
-    path = Path(path)
+    """Fetch `url` to `path`; nothing is kept unless its hash begins with `expected`."""
     with atomic(path) as part:
+        socket.setdefaulttimeout(30)  # seconds without an answer
         try:
-            with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
-                total, done = int(response.headers.get("Content-Length") or 0), 0
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    done += len(block)
-                    status(f"downloading {path.name}: {done / 1e6:.1f} / {total / 1e6:.1f} MB", "\n" * (done == total))
-        except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and time-outs are OSErrors
-            cause = getattr(error, "reason", error)
-            raise UserError(f"cannot download {path.name} ({cause}); get it from {url} and put it at {path}") from None
+            torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
+        except Exception as error:
+            raise UserError(f"cannot download {path.name} ({getattr(error, 'reason', error)}); "
+                            f"get it from {url} and put it at {path}") from None
         found = file_hash(part, algorithm)
         if not found.startswith(expected):
-            raise UserError(f"{path.name} from {url} is damaged: {algorithm} {found[:32]}, expected {expected}; nothing was kept")
+            raise UserError(f"{url} is damaged: {algorithm} {found[:32]}, expected {expected}; "
+                            "nothing was kept, try again")
