@@ -2,9 +2,9 @@
 
     python tests/fuzz.py --files 20000 --seed 0
 
-Each damaged file must be read, or refused by a `UserError` that names the file and says what to do; quickly, and without
-much memory. Prints how often what happened to each kind, and every violation with the number that repeats it
-(`--only NUMBER`). Exit code 1 if there is any.
+Each damaged file must be read, or refused by a `UserError` that names the file and says what to do;
+quickly, and without much memory. Prints how often what happened to each kind, and every violation
+with the number that repeats it (`--only NUMBER`). Exit code 1 if there is any.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import collections
 import contextlib
 import gzip
 import io
+import pickle
 import re
 import resource
 import sys
@@ -28,153 +29,129 @@ import torch
 from PIL import Image
 from test_data import cifar10, idx, idx_folder, images_and_labels, make, npy, png
 from test_networks import small
-from test_published import KWARGS, write_published
+from test_published import write_published
 
-from machinery import checkpoints
-from machinery import data
 import fid
-from machinery import files
+from machinery import checkpoints, data, files
 from networks import Denoiser, RatioNetwork
 
-SECONDS, MEGABYTES = 5, 500  # of processor time and of more memory than ever before, which no small file may take
+SECONDS, MEGABYTES = 5, 500  # of processor time, and of memory beyond the most used before
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Whole files: {kind: (name, content, what reads it)}. A name with a folder is one file of a set, `others` the rest of it.
+# ------------------------------------------------------------------------------------------------
+# Intact files: {kind: (name, content, what reads it)}. A name with a folder is one file of a set,
+# `others` are the rest of it.
 
 
 def read_data(path):
     dataset = data.load(path, cache=path.parent / "cache")
     dataset.batch([0])
     dataset.fingerprint()
+    if dataset.label_error:
+        dataset.require_labels()
 
 
 def read_folder(path):
     read_data(path.parent)
 
 
-def whole_files(folder):
+def read_side(path):
+    fid.open_side(str(path))
+
+
+def intact_files(folder):
     rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (6, 16, 16, 3), np.uint8)
-    gray, labels, kinds, others = pictures[..., :1], np.arange(6), {}, {}
+    pictures, labels = rng.integers(0, 256, (6, 16, 16, 3), np.uint8), np.arange(6)
+    gray, kinds, others = pictures[..., 0], {}, {}
 
-    def add(kind, name, read, path_or_content):
-        kinds[kind] = name, path_or_content if isinstance(path_or_content, bytes) else path_or_content.read_bytes(), read
+    def add(kind, name, read, content):
+        kinds[kind] = name, content if isinstance(content, bytes) else content.read_bytes(), read
 
-    def image(format, mode, **options):
-        file = io.BytesIO()
-        Image.fromarray(pictures[0]).convert(mode).save(file, format, **options)
-        return file.getvalue()
-
-    data.write_images([(pictures, labels)], folder / "ours.npz", 6)
-    np.savez(folder / "numpys.npz", images=gray[..., 0], labels=labels)
+    data.write_images([(pictures, labels)], folder / "ours.npz")
+    np.savez(folder / "numpys.npz", images=gray, labels=labels)
     np.savez_compressed(folder / "compressed.npz", arr_0=pictures, arr_1=labels)
     for name in ("ours", "numpys", "compressed"):
         add(f"{name}.npz", "a.npz", read_data, folder / f"{name}.npz")
-    add("zip of PNG", "a.zip", read_data, make(folder / "a.zip", images_and_labels(pictures, range(6))))
-    latents = {f"{i}.npy": npy(rng.normal(size=(8, 8, 8)).astype(np.float32)) for i in range(4)}
+    labelled = images_and_labels(pictures, range(6))
+    add("zip of PNG", "a.zip", read_data, make(folder / "a.zip", labelled))
+    latents = rng.normal(size=(4, 8, 8, 8)).astype(np.float32)
     with zipfile.ZipFile(folder / "latents.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in latents.items():
-            archive.writestr(name, content)
+        for i, latent in enumerate(latents):
+            archive.writestr(f"{i}.npy", npy(latent))
     add("zip of latents", "a.zip", read_data, folder / "latents.zip")
+    add("latent", "latents/a.npy", read_folder, npy(latents[0]))
     for kind, format, mode, options in (
-        ("PNG", "PNG", "RGB", {}), ("PNG, alpha", "PNG", "RGBA", {}), ("PNG, palette", "PNG", "P", {"transparency": 3}),
-        ("JPEG", "JPEG", "RGB", {}), ("JPEG, progressive", "JPEG", "CMYK", {"progressive": True}), ("BMP", "BMP", "RGB", {}),
+        ("PNG", "PNG", "RGB", {}), ("PNG, alpha", "PNG", "RGBA", {}),
+        ("PNG, palette", "PNG", "P", {"transparency": 3}), ("BMP", "BMP", "RGB", {}),
+        ("JPEG", "JPEG", "RGB", {}), ("JPEG, progressive", "JPEG", "CMYK", {"progressive": True}),
         ("WebP", "WEBP", "RGB", {}), ("WebP, lossless", "WEBP", "RGBA", {"lossless": True}),
-    ):  # fmt: skip
-        add(kind, f"set/a.{format.lower()}", read_folder, image(format, mode, **options))
-    others["set/b.png"] = png(pictures[1])
-    add("latent", "latents/a.npy", read_folder, latents["0.npy"])
-    add("dataset.json", "labelled/dataset.json", read_folder, images_and_labels(pictures, range(6))["dataset.json"].encode())
-    others.update({f"labelled/{k}": v for k, v in images_and_labels(pictures, range(6)).items()})
-    idx_files = idx_folder(gray[..., 0], labels)
-    add("IDX, gzip", "idx/train-images-idx3-ubyte.gz", read_folder, idx_files["train-images-idx3-ubyte.gz"])
+        ("GIF", "GIF", "P", {}), ("TIFF", "TIFF", "RGB", {"compression": "tiff_lzw"}),
+    ):
+        Image.fromarray(pictures[0]).convert(mode).save(file := io.BytesIO(), format, **options)
+        add(kind, f"set/a.{format.lower()}", read_folder, file.getvalue())
+    add("dataset.json", "named/dataset.json", read_folder, labelled["dataset.json"].encode())
+    idx_set = idx_folder(gray, labels)
+    name = "train-images-idx3-ubyte.gz"
+    add("IDX, gzip", f"idx/{name}", read_folder, idx_set[name])
     add("IDX", "idx/train-labels-idx1-ubyte", read_folder, idx(labels))
-    others.update({f"idx/{k}": v for k, v in idx_files.items()})
+    others["set/b.png"] = png(pictures[1])
+    others |= {f"named/{k}": v for k, v in labelled.items()}
+    others |= {f"idx/{k}": v for k, v in idx_set.items()}
     cifar10(folder / "a.tar.gz", n=2)
     add("CIFAR-10", "a.tar.gz", read_data, folder / "a.tar.gz")
 
-    net = Denoiser(small("ddpmpp"))
-    net.about = {"role": "generator", "t_init": 2.5}
-    checkpoints.save_network(folder / "network.pt", net, **net.about)
+    load, net = checkpoints.load_network, Denoiser(small("ddpmpp"))
+    checkpoints.save_network(folder / "network.pt", net, role="generator", t_init=2.5)
     checkpoints.save_network(folder / "ratio.pt", RatioNetwork(small("adm")), role="ratio")
-    add("network", "network.pt", checkpoints.load_network, folder / "network.pt")
-    add("ratio network", "ratio.pt", checkpoints.load_network, folder / "ratio.pt")
-    for kind, architecture, class_name, protocol in (
-        ("EDM pickle", "ddpmpp", "EDMPrecond", 4), ("EDM pickle, old", "adm", "EDMPrecond", 2),
-        ("EDM2 pickle", "edm2", "Precond", 4),
-    ):  # fmt: skip
-        config = small(architecture)
-        shape = dict(img_resolution=16, img_channels=3, model_channels=config.model_channels,
-                     channel_mult=list(config.channel_mult), num_blocks=config.num_blocks,
-                     attn_resolutions=list(config.attn_resolutions))  # fmt: skip
-        path = write_published(folder / "a.pkl", Denoiser(config), class_name, {**KWARGS[architecture], **shape}, protocol)
-        add(kind, "a.pkl", checkpoints.load_network, path)
+    add("network", "network.pt", load, folder / "network.pt")
+    add("ratio network", "ratio.pt", load, folder / "ratio.pt")
+    for kind, architecture, protocol in (
+        ("EDM pickle", "ddpmpp", 4), ("EDM pickle, old", "adm", 2), ("EDM2 pickle", "edm2", 4),
+    ):
+        path = write_published(folder / "a.pkl", Denoiser(small(architecture)), protocol)
+        add(kind, "a.pkl", load, path)
+    statistics = {"fid": {"mu": np.zeros(8), "sigma": np.eye(8)}}
+    add("EDM2 reference", "a.pkl", files.read_pickle, pickle.dumps(statistics))
     state = {"kind": "training state", "nimg": 7, "list": [1, "a", None], "net": net.state_dict()}
     files.save_checkpoint(state, folder / "checkpoint.pt")
-    add("checkpoint", "checkpoint.pt", files.load_checkpoint, folder / "checkpoint.pt")
     torch.save(state, folder / "old.pt", _use_new_zipfile_serialization=False)
+    add("checkpoint", "checkpoint.pt", files.load_checkpoint, folder / "checkpoint.pt")
     add("checkpoint, old", "checkpoint.pt", files.load_checkpoint, folder / "old.pt")
-    fid.Statistics(np.zeros(8), np.eye(8), "test", 100, "name", "hash").save(folder / "statistics.npz")
-    add("statistics", "statistics.npz", lambda path: fid.open_side(str(path)), folder / "statistics.npz")
+    side = fid.Statistics(np.zeros(8), np.eye(8), "test", 100, "name", "hash")
+    side.save(folder / "statistics.npz")
+    add("statistics", "statistics.npz", read_side, folder / "statistics.npz")
     return kinds, others
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Damage: functions (content as bytearray, rng) -> content.
 
 
-def place(content, rng, most=64):
-    """A slice of 1 to `most` bytes somewhere in `content`."""
-    start = rng.integers(len(content) + 1)
-    return slice(start, start + rng.integers(1, most + 1))
-
-
 def flip(content, rng):
-    for _ in range(rng.integers(1, 5)):
+    for _ in range(rng.integers(1, 5) if content else 0):
         content[rng.integers(len(content))] ^= 1 << rng.integers(8)
     return content
 
 
-def overwrite(content, rng):
-    where = place(content, rng, 8)
-    content[where] = rng.bytes(where.stop - where.start)
+def change(content, rng):
+    """Overwrite, remove, insert, cut off, clear, or copy a piece to another place."""
+    start, other = rng.integers(len(content) + 1, size=2)
+    size = rng.integers(1, rng.choice([2, 16, 512, 4096]))
+    old, new = [
+        (8, rng.bytes(8)), (size, b""), (0, rng.bytes(min(size, 64))), (len(content), b""),
+        (size, bytes(len(content[start:start + size]))),
+        (rng.choice([0, size]), content[other:other + size]),
+    ][rng.integers(6)]
+    content[start:start + old] = new
     return content
 
 
-def remove(content, rng):
-    del content[place(content, rng, int(rng.choice([1, 16, 4096])))]
-    return content
-
-
-def insert(content, rng):
-    content[(start := rng.integers(len(content) + 1)):start] = rng.bytes(rng.integers(1, 65))
-    return content
-
-
-def truncate(content, rng):
-    return content[:rng.integers(len(content))]
-
-
-def zero(content, rng):
-    where = place(content, rng, 512)
-    content[where] = bytes(len(content[where]))
-    return content
-
-
-def splice(content, rng):
-    """A piece of the file over another place of it, or between."""
-    piece = content[place(content, rng, 512)]
-    start = rng.integers(len(content) + 1)
-    content[start:start + rng.choice([0, len(piece)])] = piece
-    return content
-
-
-MARKS = [b"PK\1\2", b"PK\3\4", b"PK\5\6", b"\x1f\x8b", b"ustar", b"\x93NUMPY", b"shape", b"descr", b"\0\0\x08",
-         b"\x89PNG", b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"\xff\xc0", b"\xff\xc2", b"\xff\xc4", b"\xff\xda", b"BM", b"RIFF",
-         b"VP8", b"ALPH", b"\x80\x02", b"\x80\x04", b"_init_kwargs", b"channel_mult", b"labels"]  # fmt: skip
-VALUES = [b"\0", b"\1", b"\xff", b"\x7f", bytes(4), b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x7f\xff\xff\xff", b"\0\0\1\0",
-          b"9", b"-", b"'"]  # fmt: skip
+MARKS = [b"PK\1\2", b"PK\3\4", b"PK\5\6", b"\x1f\x8b", b"ustar", b"\x93NUMPY", b"shape", b"descr",
+         b"\0\0\x08", b"\x89PNG", b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"\xff\xc0", b"\xff\xc2",
+         b"\xff\xc4", b"\xff\xda", b"BM", b"RIFF", b"VP8", b"ALPH", b"GIF8", b"II*\0", b"\x80\x02",
+         b"\x80\x04", b"_init_kwargs", b"channel_mult", b"labels"]
+VALUES = [b"\0", b"\1", b"\xff", b"\x7f", bytes(4), b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f",
+          b"\x7f\xff\xff\xff", b"\0\0\1\0", b"9", b"-", b"'"]
 
 
 def header(content, rng):
@@ -186,64 +163,61 @@ def header(content, rng):
 
 
 def zip_header(content, rng):
-    """Another compression method, or other flags (encryption and the like), for one or all members of a zip file."""
-    flags = rng.random() < 0.5
-    value = int(1 << rng.integers(16)) if flags else int(rng.choice([0, 1, 6, 8, 9, 12, 14, 93, 95, 97, 98, 99]))
+    """Another compression method, or other flags, for one or all members of a zip file."""
+    flags, methods = rng.random() < 0.5, [0, 1, 6, 8, 9, 12, 14, 93, 95, 97, 98, 99]
+    value = int(1 << rng.integers(16)) if flags else int(rng.choice(methods))
     for mark, offset in ((b"PK\1\2", 8 if flags else 10), (b"PK\3\4", 6 if flags else 8)):
         for match in re.finditer(re.escape(mark), content):
             if rng.random() < 0.7:
-                content[match.start() + offset:match.start() + offset + 2] = value.to_bytes(2, "little")
+                start = match.start() + offset
+                content[start:start + 2] = value.to_bytes(2, "little")
     return content
 
 
 def inside(content, rng):
-    """Damage under an intact check sum: to a member of a zip, to what is in a gzip file, to a chunk of a PNG."""
+    """Damage under an intact check sum: a member of a zip, what a gzip file holds, a PNG's chunk."""
     damage = SIMPLE[rng.integers(len(SIMPLE))]
     if content[:4] == b"PK\3\4":
         out, method = io.BytesIO(), int(rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))
         with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w", method) as new:
             chosen = rng.choice(old.namelist())
             for name in old.namelist():
-                new.writestr(name, bytes(damage(bytearray(old.read(name)), rng)) if name == chosen else old.read(name))
+                member = bytearray(old.read(name))
+                new.writestr(name, bytes(damage(member, rng) if name == chosen else member))
         return out.getvalue()
     if content[:2] == b"\x1f\x8b":
         return gzip.compress(bytes(damage(bytearray(gzip.decompress(content)), rng)), 1)
     if content[:4] == b"\x89PNG":
-        chunks, at = [], 8
+        out, at, chosen = bytes(content[:8]), 8, rng.integers(len(content))
         while at < len(content):
             size = int.from_bytes(content[at:at + 4], "big")
-            chunks.append((bytes(content[at + 4:at + 8]), bytearray(content[at + 8:at + 8 + size])))
+            kind, body = bytes(content[at + 4:at + 8]), content[at + 8:at + 8 + size]
+            if at <= chosen < at + 12 + size:
+                body = damage(body, rng)
+            out += len(body).to_bytes(4, "big") + kind + body
+            out += zlib.crc32(kind + body).to_bytes(4, "big")
             at += size + 12
-        chosen = rng.integers(len(chunks))
-        out = bytes(content[:8])
-        for i, (kind, body) in enumerate(chunks):
-            body = bytes(damage(body, rng)) if i == chosen and body else bytes(body)
-            out += len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
         return out
     return damage(content, rng)
 
 
-SIMPLE = [flip, overwrite, remove, insert, truncate, zero, splice, header]
+SIMPLE = [flip, change, change, change, header]
 DAMAGE = [*SIMPLE, zip_header, inside, inside, inside]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The trial.
 
 
-def intact(content, rng):
-    return content
-
-
-def trial(kind, folder, others, seed, number, damage=None):
+def trial(kind, folder, others, rng, damage):
     """(outcome, text): "read", "refused", or a violation."""
     name, content, read = kind
-    rng = np.random.default_rng([seed, number])
-    damage = damage or DAMAGE[rng.integers(len(DAMAGE))]
-    beside = {other: whole for other, whole in others.items() if "/" in name and other.startswith(Path(name).parts[0])}
+    part = Path(name).parts[0]
+    beside = {k: v for k, v in others.items() if "/" in name and k.startswith(part)}
     make(folder, {**beside, name: bytes(damage(bytearray(content), rng))})
     data.MEMORY_LIMIT = int(rng.choice([1000, 2**28]))  # mapped, through the cache, or in memory
-    before, started, text = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), ""
+    before, text = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, ""
+    started = time.process_time()
     try:
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -251,7 +225,7 @@ def trial(kind, folder, others, seed, number, damage=None):
         outcome = "read"
     except files.UserError as error:
         outcome, text = "refused", str(error)
-        if str(folder / Path(name).parts[0]) not in text:
+        if str(folder / part) not in text:
             outcome = "A LINE THAT DOES NOT NAME THE FILE"
         elif not re.search("; |expected|give|use", text):
             outcome = "A LINE THAT DOES NOT SAY WHAT TO DO"
@@ -260,25 +234,31 @@ def trial(kind, folder, others, seed, number, damage=None):
     seconds = time.process_time() - started
     megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     if seconds > SECONDS or megabytes > MEGABYTES:
-        outcome, text = "A SLOW OR LARGE FILE", f"{seconds:.1f} s, {megabytes:.0f} MB ({outcome}: {text})"
+        text = f"{seconds:.1f} s, {megabytes:.0f} MB ({outcome}: {text})"
+        outcome = "A SLOW OR LARGE FILE"
     return outcome, f"{damage.__name__}: {text}"
 
 
 def run(count, seed, only=None):
-    """Damage and read `count` files. Returns {kind: Counter of outcomes} and the violations, a line each."""
+    """Damage and read `count` files. Returns {kind: Counter of outcomes} and the violations."""
     limit, outcomes, violations = data.MEMORY_LIMIT, collections.defaultdict(collections.Counter), []
     with tempfile.TemporaryDirectory() as where:
-        (whole := Path(where) / "whole").mkdir()
-        kinds, others = whole_files(whole)
+        (intact := Path(where) / "intact").mkdir()
+        kinds, others = intact_files(intact)
+
+        def tried(label, number, damage=None):
+            rng = np.random.default_rng([seed, number])
+            damage = damage or DAMAGE[rng.integers(len(DAMAGE))]
+            with tempfile.TemporaryDirectory(dir=where) as folder:
+                return trial(kinds[label], Path(folder), others, rng, damage)
+
         try:
-            for label, kind in kinds.items():
-                with tempfile.TemporaryDirectory(dir=where) as folder:
-                    outcome, text = trial(kind, Path(folder), others, seed, 0, intact)
+            for label in kinds:
+                outcome, text = tried(label, 0, lambda content, rng: content)
                 assert outcome == "read", f"{label}: {text}"
             for number in range(count) if only is None else [only]:
                 label = list(kinds)[number % len(kinds)]
-                with tempfile.TemporaryDirectory(dir=where) as folder:
-                    outcome, text = trial(kinds[label], Path(folder), others, seed, number)
+                outcome, text = tried(label, number)
                 outcomes[label][outcome] += 1
                 if outcome not in ("read", "refused") or only is not None:
                     violations.append(f"{outcome}, --seed {seed} --only {number}, {label}, {text}")
@@ -288,15 +268,16 @@ def run(count, seed, only=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--files", type=int, default=20000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, metavar="NUMBER", help="this file alone")
     args = parser.parse_args()
     outcomes, violations = run(args.files, args.seed, args.only)
+    outcomes["in all"] = sum(outcomes.values(), collections.Counter())
     for label, counts in outcomes.items():
-        print(f"{label:20}", "  ".join(f"{outcome} {n}" for outcome, n in counts.most_common()))
-    print("in all".ljust(20), "  ".join(f"{k} {n}" for k, n in sum(outcomes.values(), collections.Counter()).most_common()))
+        print(f"{label:20}", "  ".join(f"{k} {n}" for k, n in counts.most_common()))
     print("\n".join(violations))
     sys.exit(bool(violations) and args.only is None)
 

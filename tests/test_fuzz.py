@@ -1,4 +1,4 @@
-"""Damaged files of every kind are read, or refused in one line that names them. `fuzz.py` does the same with more of them."""
+"""Damaged files of every kind are read, or refused in one line that names them: some of fuzz.py."""
 
 import fuzz
 
