@@ -53,7 +53,7 @@ def train(dataset, images, seed=0, batch=100):
     steps = images // batch
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    batches = data.Batches(dataset, batch, seed)
+    batches = data.Batches(dataset, training.Runtime(torch.device("cpu"), batch=batch), seed)
     for _ in range(steps):
         raw, labels = next(batches)
         F.cross_entropy(net(dataset.to_model(raw, "cpu")), labels).backward()

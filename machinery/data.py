@@ -37,11 +37,10 @@ DOWNLOADS = {  # address, {file: MD5}
         "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
     }),
 }
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "AVIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 SUFFIXES += (".avif",) if features.check("avif") else ()
 MEMORY_LIMIT = 256 * 2**20  # bytes; larger folders and zips are mapped
-CACHE_VERSION = 2  # raise it when files are decoded to other pixels
+VERSION = 2  # of the cache; raise it when files are decoded to other pixels
 RESIZE = "--resolution N cuts out the middle of each image and resizes it"
 
 # EDM2's statistics of Stable Diffusion's latents, per channel; networks see a deviation of 0.5.
@@ -51,23 +50,22 @@ LATENT_MEAN, LATENT_STD, LATENT_SCALE = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 
 class Dataset:
     """Images or latents with optional class labels.
 
-    images: uint8 [N, H, W, C], C = 1 or 3, or float32 [N, 8, h, w]: mean (first 4 channels) and
-        standard deviation (last 4) of each image's VAE latent.
-    labels: int64 [N] from 0 on, or None. classes: names of the classes, or None.
-    label_error: why labels that were found cannot be used, or None.
+    images: uint8 [N, H, W, 1 or 3], or float32 [N, 8, h, w]: mean (first 4 channels) and standard
+        deviation (last 4) of each image's VAE latent. labels: int64 [N], from 0 on, or None.
+    classes: names of the classes, or None. label_error: why labels cannot be used, or None.
     """
 
     def __init__(self, name, images, labels=None, classes=None, label_error=None):
-        with reading(name, "a data set"):
-            _check(images)
-            if labels is not None:
-                fits = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
-                if not fits or labels.min() < 0:
-                    raise UserError(f"labels {labels.dtype} {list(labels.shape)} do not match "
-                                    f"{len(images)} images; give each an integer from 0 on")
-                labels = labels.astype(np.int64)
+        _check(images)
+        if labels is not None:
+            fits = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
+            if not fits or labels.min() < 0:
+                raise UserError(f"labels {labels.dtype} {list(labels.shape)} do not match "
+                                f"{len(images)} images; give each an integer from 0 on")
+            labels = labels.astype(np.int64)
         self.name, self.images, self.labels = name, images, labels
         self.classes, self.label_error, self.hash = classes, label_error, None
+        self.label_dim = 0 if labels is None else int(labels.max()) + 1  # number of classes
         self.is_latent = images.dtype == np.float32
         self.resolution = images.shape[2]  # height = width of what a network sees
         self.channels = 4 if self.is_latent else images.shape[3]
@@ -75,24 +73,19 @@ class Dataset:
     def __len__(self):
         return len(self.images)
 
-    @property
-    def label_dim(self):
-        """Number of classes, 0 without labels."""
-        return 0 if self.labels is None else int(self.labels.max()) + 1
-
-    def class_frequencies(self):
-        """Number of images of each class."""
-        return [] if self.labels is None else np.bincount(self.labels).tolist()
-
     def require_labels(self):
-        """Raise `UserError` without labels; renumber the classes if some have no images."""
+        """Refuse data without labels; renumber the classes if some have no images."""
         if self.labels is None:
             raise UserError(self.label_error or
                             f"{self.name} has no labels; add a dataset.json or class folders")
         found, labels = np.unique(self.labels, return_inverse=True)
-        if found[-1] >= len(found):
-            self.labels, self.classes = labels, list(map(str, found))
+        if len(found) < self.label_dim:
+            self.labels, self.label_dim, self.classes = labels, len(found), list(map(str, found))
             _say(f"{self.name}: only classes {' '.join(self.classes)} have images; numbered from 0")
+
+    def class_frequencies(self):
+        """Number of images of each class."""
+        return [] if self.labels is None else np.bincount(self.labels).tolist()
 
     def fingerprint(self):
         """SHA-256 (hexadecimal) of the shape, the type and the content of `images`."""
@@ -115,9 +108,9 @@ class Dataset:
         with standard normal `eps` [n, 4, h, w] (None: the mean), normalised.
         """
         raw = raw.to(device, non_blocking=True)  # images travel as bytes
+        if self.is_latent and flip is not None:
+            raise UserError(f"{self.name}: latents cannot be flipped; leave out the flips")
         if self.is_latent:
-            if flip is not None:
-                raise UserError(f"{self.name}: latents cannot be flipped; leave out the flips")
             mean, std = raw.chunk(2, dim=1)
             return normalise_latents(mean if eps is None else mean + std * eps.to(device))
         x = raw.permute(0, 3, 1, 2)  # channels-last, without a copy
@@ -161,12 +154,11 @@ class Batches:
         share = rt.batch // rt.world_size
         self.positions = start + rt.rank * share + np.arange(share)
         self.thread = ThreadPoolExecutor(1)
-        self.future = self.thread.submit(self._prepare, self.positions)
+        self.future = self.thread.submit(self._prepare)
 
     def __next__(self):
         batch = self.future.result()
-        self.positions = self.positions + self.rt.batch
-        self.future = self.thread.submit(self._prepare, self.positions)
+        self.future = self.thread.submit(self._prepare)
         return batch
 
     def training_batch(self, xflip):
@@ -178,9 +170,10 @@ class Batches:
         x = dataset.to_model(raw, rt.device, flip, eps)
         return x, None if labels is None else labels.to(rt.device, non_blocking=True)
 
-    def _prepare(self, positions):
-        epochs, offsets = np.divmod(positions, len(self.dataset))
-        indices = np.empty_like(positions)
+    def _prepare(self):
+        epochs, offsets = np.divmod(self.positions, len(self.dataset))
+        self.positions = self.positions + self.rt.batch
+        indices = np.empty_like(offsets)
         for epoch in np.unique(epochs):  # more than one at a boundary
             if epoch != self.epoch:
                 generator = rng("cpu", self.seed, "data", int(epoch))
@@ -202,11 +195,10 @@ def load(spec, cache=None, resolution=None):
     """The `Dataset` that `spec` names; raises `UserError`.
 
     spec: `digits`, `fashion-mnist`, `cifar10` or a path: IDX folder (MNIST), CIFAR-10's binary
-        tar.gz, folder or zip of images or latents (.npy) with labels from a dataset.json or class
-        folders, .npz (`images` or `arr_0`, `labels` or `arr_1`). `:test` of IDX and CIFAR-10.
-    cache: folder for what is downloaded or converted; default `files.cache_dir()`.
-    resolution: cut out the middle of each image and resize it (Lanczos), as EDM's dataset tool
-        does with `--transform=center-crop`.
+        tar.gz, folder or zip of images or latents (.npy) with a dataset.json or class folders,
+        .npz (`images` or `arr_0`, `labels` or `arr_1`). `:test` of IDX and CIFAR-10.
+    cache: folder for what is downloaded or converted.
+    resolution: cut out the middle of each image and resize it, as EDM's dataset tool does.
     """
     name, cache = str(spec), Path(cache) if cache else cache_dir()
     source, test = name.removesuffix(":test"), name.endswith(":test")
@@ -234,10 +226,9 @@ def load(spec, cache=None, resolution=None):
             images, labels = _load_files(path, names, cache, resolution)
         else:
             raise UserError("not a data set; give a folder, a .zip, a .npz or CIFAR-10's .tar.gz")
-        if resolution and images.dtype == np.uint8:
-            _check(images, any_size=True)
-            if images.shape[1:3] != (resolution, resolution):
-                images = np.stack([_fit(_to_pillow(image), resolution) for image in images])
+        square = (resolution, resolution)
+        if resolution and images.dtype == np.uint8 and images.shape[1:3] != square:
+            images = np.stack([_fit(_to_pillow(image), resolution) for image in images])
         try:
             with reading(path, "labels"):
                 return Dataset(name, images, *labels())
@@ -246,7 +237,6 @@ def load(spec, cache=None, resolution=None):
 
 
 def _fetch(name, cache):
-    """Where the data set `name` is; what is missing is downloaded."""
     (url, hashes), folder = DOWNLOADS[name], cache / name
     if name == "fashion-mnist" and all((FASHION_MNIST / file).exists() for file in hashes):
         return FASHION_MNIST
@@ -261,34 +251,32 @@ def _say(text):
         print(UserError(text), file=sys.stderr, flush=True)  # one printable line
 
 
-def _check(images, any_size=False):
+def _check(images):
     """Refuse arrays [N, ...] that no network takes."""
     shape, dtype = images.shape, images.dtype
-    latents = dtype == np.float32 and len(shape) == 4 and shape[1] == 8 and shape[2] == shape[3]
-    if not latents and not (dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3)):
-        raise UserError(f"{dtype} {list(shape)}; expected images, uint8 [N, H, W, 1 or 3], "
-                        "or latents, float32 [N, 8, h, h]")
     if 0 in shape:
         raise UserError("holds no images; give others")
-    if not latents and not any_size and shape[1] != shape[2]:
-        raise UserError(f"{shape[2]}x{shape[1]} pixels, but networks need squares; {RESIZE}")
+    if dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3):
+        if shape[1] != shape[2]:
+            raise UserError(f"{shape[2]}x{shape[1]} pixels, but networks need squares; {RESIZE}")
+    elif dtype != np.float32 or len(shape) != 4 or shape[1] != 8 or shape[2] != shape[3]:
+        raise UserError(f"{dtype} {list(shape)}; expected images, uint8 [N, H, W, 1 or 3], "
+                        "or latents, float32 [N, 8, h, h]")
 
 
 def _load_idx(files, split):
-    """MNIST's format: a big-endian header (magic number, lengths), then bytes."""
+    """MNIST's format: four bytes that tell the type, the lengths (big-endian), then bytes."""
 
-    def read(kind, magic, ndim):
+    def read(kind, ndim):
         if (path := files.get(f"{split}-{kind}-ubyte")) is None:
             raise UserError(f"has no {split}-{kind}-ubyte; add it")
         unpack = gzip.decompress if path.suffix == ".gz" else bytes
         with reading(path, "an IDX file", "delete it and get it again"):
             content = unpack(path.read_bytes())
-            found, *shape = np.frombuffer(content, ">u4", 1 + ndim).tolist()
-            if found != magic:
-                raise ValueError(f"magic number {found:#x}, expected {magic:#x}")
+            shape = np.frombuffer(content, ">u4", ndim, offset=4).tolist()
             return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
 
-    return read("images-idx3", 0x803, 3)[..., None], lambda: [read("labels-idx1", 0x801, 1)]
+    return read("images-idx3", 3)[..., None], lambda: [read("labels-idx1", 1)]
 
 
 def _load_cifar10(path, test):
@@ -296,13 +284,11 @@ def _load_cifar10(path, test):
     wanted = ["test_batch.bin"] if test else [f"data_batch_{i}.bin" for i in range(1, 6)]
     with tarfile.open(path, "r:gz") as tar:
         found = {posixpath.basename(member.name): tar.extractfile(member).read()
-                 for member in tar if member.isfile() and member.name.endswith(".bin")}
+                 for member in tar if member.name.endswith(".bin")}
     if missing := [name for name in wanted if name not in found]:
         raise UserError(f"has no {missing[0]}; give CIFAR-10's binary version, "
                         "cifar-10-binary.tar.gz, or --data cifar10, which downloads it")
     records = np.frombuffer(b"".join(found[name] for name in wanted), np.uint8).reshape(-1, 3073)
-    if records[:, 0].max() > 9:
-        raise ValueError("a label above 9")
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), lambda: [records[:, 0]]
 
@@ -311,10 +297,9 @@ def _load_npz(path):
     arrays = np.load(path)  # executes nothing: allow_pickle is False
     key, labels = (next((key for key in keys if key in arrays.files), None)
                    for keys in (("images", "arr_0"), ("labels", "arr_1")))
-    if key is None and "mu" in arrays.files:
-        raise UserError("holds statistics (mu, sigma), not images; only FID can use it")
     if key is None:
-        raise UserError(f"has no array `arr_0` or `images`, only {arrays.files}; give another")
+        raise UserError(f"has no images (`arr_0` or `images`), only {arrays.files}; give another "
+                        "(statistics mu and sigma are a reference for FID alone)")
     images = np.ascontiguousarray(arrays[key])
     images = images[..., None] if images.ndim == 3 else images
     return images, lambda: [arrays[labels] if labels else None]
@@ -352,8 +337,8 @@ def _load_files(path, names, cache, resolution):
                         "(.npy) in it; give one kind")
     if latents and resolution:
         raise UserError("latents cannot be resized; leave out --resolution")
-    unread = [n for n in names if not n.lower().endswith((*SUFFIXES, ".npy", "dataset.json"))]
-    if unread:
+    known = (*SUFFIXES, ".npy", "dataset.json")
+    if unread := [name for name in names if not name.lower().endswith(known)]:
         suffixes = sorted({posixpath.splitext(name)[1].lower() for name in unread})
         _say(f"{path}: {len(unread)} files not read: {' '.join(suffixes)}")
 
@@ -371,12 +356,12 @@ def _load_files(path, names, cache, resolution):
 
     stats = [os.stat(path / name) for name in ([""] if archive else files)]
     stats = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-    key = repr((CACHE_VERSION, os.path.abspath(path), resolution, files, stats)).encode()
+    key = repr((VERSION, os.path.abspath(path), resolution, files, stats)).encode()
     folder = cache / "datasets" / f"{path.stem}-{hashlib.sha256(key).hexdigest()[:16]}"
     try:
         arrays = _convert(path, files, decode, folder)
     except _Mixed:
-        arrays = _convert(path, files, functools.partial(decode, colour=True), folder)
+        arrays = _convert(path, files, lambda name: decode(name, colour=True), folder)
     return arrays, lambda: _read_labels(names, files, read)
 
 
@@ -388,10 +373,11 @@ def _convert(path, names, decode, folder):
     """What `decode` makes of `names` as one array, in memory or mapped from the cache `folder`."""
     if not folder.is_dir():
         first, count = decode(names[0]), len(names)
-        arrays, shape = _decode_all(path, names, decode, first.shape), (count, *first.shape)
+        arrays = _decode_all(path, names, decode, first.shape)
         if count * first.nbytes <= MEMORY_LIMIT:
             return np.fromiter(arrays, np.dtype((first.dtype, first.shape)), count)
         print(f"converting {path} to {folder} (once)", file=sys.stderr, flush=True)
+        shape = (count, *first.shape)
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": shape}
         try:
             with atomic(folder) as part:
@@ -407,27 +393,25 @@ def _convert(path, names, decode, folder):
 
 
 def _decode_all(path, names, decode, shape):
-    """Yield `decode(name)` in order, all of one shape."""
-    count = len(names)
     with ThreadPoolExecutor(4) as pool:  # Pillow decodes without Python's lock
-        for i in range(0, count, 256):  # as many are held at a time
+        for i in range(0, len(names), 256):  # as many are held at a time
             for name, array in zip(names[i:i + 256], pool.map(decode, names[i:i + 256])):
-                if array.shape != shape and array.shape[:2] == shape[:2]:
-                    raise _Mixed
                 if array.shape != shape:
+                    if array.shape[:2] == shape[:2]:
+                        raise _Mixed
                     raise UserError(f"{path}/{name}: {list(array.shape)}, but {names[0]} has "
                                     f"{list(shape)}; all need one size: {RESIZE}")
                 yield array
-            done = min(i + 256, count)
-            status(f"reading {path}: {done} / {count}", "\n" * (done == count))
+            done = min(i + 256, len(names))
+            status(f"reading {path}: {done} / {len(names)}", "\n" * (done == len(names)))
 
 
 def _decode_image(file, resolution, colour):
     """An image file as uint8 [H, W, C]: C = 1 if it is gray and `colour` is false, else 3."""
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "AVIF"))
     except UnidentifiedImageError:
-        raise UserError(f"not an image ({' '.join(FORMATS)}); replace or remove it") from None
+        raise UserError("not an image that is read here; replace it or remove it") from None
     except Image.DecompressionBombError:
         raise UserError("too large (Pillow refuses so many pixels); make it smaller") from None
     depth = file.getbuffer()[24] if image.format == "PNG" else 8  # the mode is RGB for 16 bits too
@@ -494,10 +478,7 @@ def _read_labels(names, files, read):
 
 
 def save_grid(images, path, columns, scale=1, padding=2):
-    """Write images (uint8 [N, H, W, C]) as one PNG, row by row, `columns` in a row.
-
-    Each pixel becomes a square of `scale` pixels; `padding` white pixels separate the images.
-    """
+    """Write images (uint8 [N, H, W, C]), enlarged `scale` times, row by row as one PNG."""
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     around = [(0, -len(images) % columns), (0, padding), (0, padding), (0, 0)]
     images = np.pad(images, around, constant_values=255)
@@ -518,41 +499,36 @@ def save_panels(sets, path, side=8, scale=1):
     save_grid(rows.reshape(-1, *rows.shape[2:]), path, rows.shape[1], scale, padding=1)
 
 
-def write_images(batches, out, count):
-    """Write `count` images; `load(out)` reads them again.
+def write_images(batches, out):
+    """Write all (images, labels) of `batches`; `load(out)` reads them again.
 
-    batches: iterable of (images, labels): uint8 [n, H, W, C], or float32 [n, 4, h, w] for latents;
-        int [n] or None.
-    out: a path ending in .npz, for `arr_0` (`latents` for latents) and perhaps `arr_1`, which are
-        collected in memory; or a new or empty folder, for PNG files and perhaps a dataset.json.
+    images: uint8 [n, H, W, C], or float32 [n, 4, h, w] for latents. labels: int [n] or None.
+    out: a .npz for `arr_0` (latents: `latents`) and labels `arr_1`, all collected in memory, or a
+        new or empty folder for PNG files and labels in a dataset.json.
     """
     out, names, labels = Path(out), [], []
     if out.suffix.lower() == ".npz":
         images, labels = zip(*batches)
-        images = np.concatenate(images)
-        assert len(images) == count
-        arrays = {"arr_0" if images.dtype == np.uint8 else "latents": images}
-        arrays |= {} if labels[0] is None else {"arr_1": np.concatenate(labels)}
+        arrays = {"arr_0" if images[0].dtype == np.uint8 else "latents": np.concatenate(images)}
+        if labels[0] is not None:
+            arrays["arr_1"] = np.concatenate(labels)
         with atomic(out) as part, open(part, "wb") as file:
             np.savez(file, **arrays)
         return
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists already; give a new folder, or remove this one")
     with atomic(out) as part:
-        part.mkdir()
-        for images, batch_labels in batches:
+        for images, classes in batches:
             if images.dtype != np.uint8:
                 raise UserError("latents need a .npz file; let --out end in .npz")
-            labels += [] if batch_labels is None else [int(label) for label in batch_labels]
+            labels += [] if classes is None else map(int, classes)
             for image in images:
-                i = len(names)
-                names.append(f"{i // 1000:05d}/img{i:08d}.png")  # 1000 in a folder
-                (part / names[-1]).parent.mkdir(exist_ok=True)
+                names.append(f"{len(names) // 1000:05d}/img{len(names):08d}.png")
+                (part / names[-1]).parent.mkdir(parents=True, exist_ok=True)
                 _to_pillow(image).save(part / names[-1])
-        assert len(names) == count
         if labels:
-            text = json.dumps({"labels": list(zip(names, labels))})
-            (part / "dataset.json").write_text(text)
+            table = {"labels": list(zip(names, labels))}
+            (part / "dataset.json").write_text(json.dumps(table))
 
 
 def _to_pillow(image):  # Pillow wants gray images without a channel axis

@@ -296,7 +296,7 @@ def test_the_results_in_the_repository_are_complete():
 def test_own_pictures_from_a_folder_to_a_class_of_the_generator(call, digits, tmp_path, monkeypatch):
     """Exercise 12, for two steps of each stage: the classes in dataset.json are those of the generator."""
     monkeypatch.chdir(tmp_path)
-    data.write_images([(digits.images[:200], digits.labels[:200].tolist())], "my-pictures", 200)
+    data.write_images([(digits.images[:200], digits.labels[:200].tolist())], "my-pictures")
     short = SHORT[:4]
     call(pretrain, "--data", "my-pictures", "--cond", *short, "--outdir", "runs/mine/pretrain")
     call(train_diffratio, "--data", "my-pictures", "--init", "runs/mine/pretrain/network.pt", *short, "--outdir", "runs/mine/dijs")
