@@ -1,14 +1,9 @@
-"""What the scripts share that is not about diffusion.
-
-Devices and ranks, precision, random seeds, the optimiser's step, the folder of a run, logs, and the part of the command
-line that both training scripts have. Nothing in this file knows what is being trained.
-"""
+"""What the scripts share that is not the method: ranks, randomness, optimizer steps, runs."""
 
 import argparse
 import contextlib
 import dataclasses
 import datetime
-import functools
 import hashlib
 import json
 import math
@@ -21,45 +16,65 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-from machinery.files import UserError, atomic, flush, load_checkpoint, lock, reading, remove_parts, save_checkpoint
+import networks
+from machinery import files
+from machinery.files import UserError
 
-# ---------------------------------------------------------------------------------------------------------
-# Errors, and the end of a process.
+# -------------------------------------------------------------------------------------------------
+# The end of a process.
 
-_at_end = contextlib.ExitStack()  # what `run` undoes when a script ends: the lock of its folder, its signal handlers
+_at_end = contextlib.ExitStack()  # closed when a script ends: the lock of its folder, its handlers
+_signals = argparse.Namespace(in_step=False, number=0, time=0.0)  # the first that came in a step
 
 
 class Stopped(BaseException):
-    """A signal ends the script where nothing is lost. Arguments: the line to print, the number of the signal."""
+    """A signal ends the script where nothing is lost. Arguments: the line to print, the signal."""
 
 
 def run(main):
-    """Call `main()`; turn bad input into one line on standard error and exit code 2 instead of a traceback.
+    """Call `main()`. Bad input becomes one line on standard error and exit code 2, no traceback.
 
-    A signal gives 128 + its number (SIGINT 130, SIGTERM 143): the run is not finished, what waits for it must not start.
+    A signal gives 128 + its number (SIGINT 130, SIGTERM 143).
     """
     try:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                _at_end.callback(signal.signal, number, signal.signal(number, _on_signal))
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
-    except UserError as error:
+    except (UserError, networks.ConfigError) as error:
         _end(f"error: {error}")
     except torch.OutOfMemoryError:
         _end("error: out of GPU memory; lower --micro-batch (the result stays the same) or --batch")
-    except OSError as error:  # a full disk, a path without permission: the system's own words are clear
-        _end(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except OSError as error:  # a full disk, no permission: the system's own words are clear
+        _end(": ".join(filter(None, ["error", error.strerror or str(error), error.filename])))
     except Stopped as stop:
         _end(stop.args[0], 128 + stop.args[1])
-    except KeyboardInterrupt:
-        _end("stopped; a training run continues from its last checkpoint with the same command", 130)
     except Exception as error:
         if _place()[1] == 1:
             raise
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        _end(f"error: another rank has gone, perhaps killed ({str(error).split('. ')[0]})" if lost else traceback.format_exc(), 1)
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            _end(f"error: another rank has gone ({str(error).split('. ')[0]})", 1, patience=2)
+        _end(traceback.format_exc(), 1)
     finally:
         _at_end.close()
+        _signals.in_step, _signals.number = False, 0
+
+
+def _on_signal(number, frame):
+    if not _signals.in_step:
+        raise Stopped("stopped; the same command continues a run from its checkpoint", number)
+    if not _signals.number:
+        _signals.number, _signals.time = number, time.monotonic()
+        with contextlib.suppress(OSError):  # a closed terminal; print may be what was interrupted
+            if _place()[0] == 0:
+                os.write(2, b"\nstopping after this step; a second signal ends it at once\n")
+    elif time.monotonic() > _signals.time + 2:  # the cluster and torchrun may send the same one
+        os._exit(128 + number)
 
 
 def _place():
@@ -67,184 +82,27 @@ def _place():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-@functools.cache
-def _meeting_point():
-    """The small key-value store that all ranks share, under torchrun in torchrun's own process."""
-    return next(dist.rendezvous("env://"))[0]
+def _end(message, code=2, patience=1):
+    """Print `message` and end this process. Only one rank prints; no rank waits for another.
 
-
-def _end(message, code=2):
-    """End this process with `message`. Of several ranks one speaks, and none waits for the others.
-
-    What all ranks meet is printed by the first of them, what one meets by that one. The others, which then lose contact
-    to it, find that it has been said. Neither NCCL's shutdown nor Python's is run: both can wait for ranks that are gone.
+    The first rank prints at once, and torchrun ends the others within `patience` seconds.
     """
-    name = Path(sys.argv[0]).name
-    message = message.rstrip() if "Traceback" in message else " ".join(message.split())
     rank, world_size = _place()
-    name += f", rank {rank}" if rank else ""
     if world_size > 1:
-        with contextlib.suppress(Exception):  # the store may have gone with the first rank
-            for _ in range(10 if rank else 0):  # which goes ahead by a second
-                time.sleep(0.1)
-                if _meeting_point().check(["ended"]):
-                    os._exit(code)
-            if _meeting_point().add("ended", 1) > 1:
-                os._exit(code)
+        if code > 128 and rank:  # all ranks agreed to stop
+            os._exit(code)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(patience if rank or patience > 1 else 0)
+    name = Path(sys.argv[0]).name + (f", rank {rank}" if rank else "")
     with contextlib.suppress(OSError):  # a closed terminal
-        print(f"{name}: {message}", file=sys.stderr, flush=True)
+        print(f"{name}: {message.rstrip()}", file=sys.stderr, flush=True)
     if world_size == 1:
         sys.exit(code)
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # for the last lines of torchrun's report
-        about = {"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}
-        Path(path).write_text(json.dumps(about))
-    os._exit(code)
+    os._exit(code)  # the shutdown of NCCL and of Python can wait for ranks that are gone
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Device, ranks, precision.
-
-
-@dataclasses.dataclass(frozen=True)
-class Runtime:
-    """Where this process computes: its device, its place among the ranks, its precision."""
-
-    device: torch.device
-    rank: int = 0
-    world_size: int = 1
-    precision: str = "fp32"
-    local_rank: int = 0  # place among the ranks of this machine
-    host_group: object = None  # of all ranks, for what concerns the host: gloo, with a time limit of days
-
-    @property
-    def is_main(self):
-        return self.rank == 0
-
-    def autocast(self):
-        """Context in which matrix products and convolutions run in the chosen precision."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "fp32")
-
-    def print(self, *args, **kwargs):
-        """Print from the first rank only. A closed terminal or pipe is no reason to end a run."""
-        if self.is_main:
-            with contextlib.suppress(OSError):
-                print(*args, **kwargs, flush=True)
-
-    def sum(self, tensor):
-        """Sum of `tensor` over the ranks, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def agree(self, value):
-        """The largest of all ranks' `value` (an int). The hosts wait for each other, for days if need be; the GPUs do not.
-
-        It takes 0.1 to 0.2 ms on one machine. A rank that has ended makes it fail at once on the others.
-        """
-        box = torch.tensor(value)
-        if self.world_size > 1:
-            dist.all_reduce(box, dist.ReduceOp.MAX, group=self.host_group)
-        return box.item()
-
-    def first(self, make):
-        """Value of `make()` on the first rank, given to all. If it fails there, that rank ends and the others with it."""
-        box = [make() if self.is_main else None]
-        if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, group=self.host_group)
-        return box[0]
-
-    def main_first(self, make):
-        """`make()` on every rank, one of each machine ahead of the others: it fills the caches that they then find.
-
-        The others wait as long as it takes, which may be the conversion of a large data set.
-        """
-        ahead = self.local_rank == 0
-        value = make() if ahead else None
-        self.agree(0)
-        return value if ahead else make()
-
-
-def start(device="auto", precision="fp32", alone=False):
-    """Join the ranks that torchrun started (if it did) and choose the device and the precision.
-
-    `device` is "auto", "cpu" or "cuda". `precision` is "fp32", "bf16", "fp16" or "auto": bf16 on GPUs that compute
-    in it (older ones emulate it, slowly), fp16 on older GPUs, fp32 on the CPU. "fp32" means float32 throughout: TF32
-    stays off. `alone`: for scripts that do not share their work among ranks.
-    """
-    rank, world_size = _place()
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    if alone and world_size > 1:
-        raise UserError("this script does not share its work among ranks; start it with python, without torchrun")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"more ranks than GPUs: lower --nproc-per-node to {torch.cuda.device_count()}")
-        torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False
-    if precision == "auto":
-        precision = "fp32" if kind == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if precision == "fp16" and kind == "cpu":
-        raise UserError("--precision fp16 is for GPUs; on the CPU use --precision bf16 or fp32")
-    host_group = None
-    if world_size > 1:  # a rank that fails ends the others at once; time limits are for connections that hang
-        hour = datetime.timedelta(hours=1)
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", None, hour, world_size, rank, _meeting_point())
-        host_group = dist.new_group(timeout=168 * hour, backend="gloo")
-    index = torch.cuda.current_device() if kind == "cuda" else None
-    return Runtime(torch.device(kind, index), rank, world_size, precision, local_rank, host_group)
-
-
-class Learner:
-    """The optimiser of one network: Adam (arXiv 1412.6980), loss scaling for float16, micro-batches, the sum over ranks.
-
-    `batch` is global and decides the result. `micro_batch` (at most so many images on a device at once, or None)
-    decides only the memory: the gradient is that of the mean over the global batch, however it is divided.
-    """
-
-    def __init__(self, net, rt, lr, betas, batch, micro_batch=None):
-        if batch < 1 or batch % rt.world_size:
-            raise UserError(f"--batch {batch} does not divide among {rt.world_size} ranks; use a multiple of {rt.world_size}")
-        share = batch // rt.world_size
-        self.rt, self.batch, self.micro_batch = rt, batch, min(micro_batch or share, share)
-        if share % self.micro_batch:
-            raise UserError(f"--micro-batch {self.micro_batch} does not divide the {share} images of each rank; use a divisor")
-        self.parts = [slice(i, i + self.micro_batch) for i in range(0, share, self.micro_batch)]
-        self.optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=betas, fused=True)
-        self.scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.precision == "fp16")  # the others need no scaling
-
-    def split(self, *tensors):
-        """Iterator over the micro-batches of tensors [images of this rank, ...] or None."""
-        for part in self.parts:
-            yield [None if t is None else t[part] for t in tensors]
-
-    def step(self, lr, loss, *tensors):
-        """One step of Adam down the mean over the global batch of `loss(*tensors)`, which gives a value per image, [N].
-
-        The tensors are [images of this rank, ...] or None; `loss` sees a micro-batch of each.
-        """
-        self.optimizer.param_groups[0]["lr"] = lr
-        for part in self.split(*tensors):
-            with self.rt.autocast():
-                total = loss(*part).sum()
-            self.scaler.scale(total / self.batch).backward()
-        if self.rt.world_size > 1:  # all gradients in one message, each in the order of its memory: channels-last or not
-            grads = [p.grad for p in self.optimizer.param_groups[0]["params"] if p.grad is not None]
-            grads = [g.as_strided((g.numel(),), (1,)) for g in grads]
-            flat = torch.cat(grads)
-            dist.all_reduce(flat)
-            torch._foreach_copy_(grads, flat.split([len(g) for g in grads]))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Randomness. Each draw depends on a key such as (seed, images seen, purpose) and on nothing else, so a run that
-# was interrupted continues with the very numbers it would have drawn.
+# -------------------------------------------------------------------------------------------------
+# Device, ranks, precision, randomness.
 
 
 def seed_of(*key):
@@ -257,105 +115,258 @@ def rng(device, *key):
     return torch.Generator(device).manual_seed(seed_of(*key))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Logs.
+@dataclasses.dataclass
+class Runtime:
+    """Where this process computes: device, place among the ranks, precision, share of a batch."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    precision: str = "fp32"
+    local_rank: int = 0  # place among the ranks of this machine
+    batch: int = 1  # global: images of a training step
+    micro_batch: int = None  # images on the device at once; default: this rank's share
+
+    def __post_init__(self):
+        self.share, rest = divmod(self.batch, self.world_size)
+        if rest:
+            raise UserError(f"--batch must be a multiple of the number of ranks, {self.world_size}")
+        self.micro_batch = min(self.micro_batch or self.share, self.share)
+        if self.share % self.micro_batch:
+            raise UserError(f"--micro-batch must divide the {self.share} images of each rank")
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def autocast(self):
+        """Context in which matrix products and convolutions run in the chosen precision."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def print(self, text):
+        """Print from the first rank only. A closed terminal does not end a run."""
+        if self.is_main:
+            with contextlib.suppress(OSError):
+                print(text, flush=True)
+
+    def seed(self, *key):
+        """Make what `randn`, `rand` and dropout draw next depend on `key` alone (and the rank)."""
+        self.generator = rng(self.device, *key)
+        torch.manual_seed(seed_of(*key, self.rank))
+
+    def randn(self, *shape):
+        """Standard normal [images of this rank, *shape]: a share of the numbers of all ranks."""
+        return self._share(torch.randn, self.batch, *shape)
+
+    def rand(self):
+        """Uniform in [0, 1), [images of this rank]."""
+        return self._share(torch.rand, self.batch)
+
+    def _share(self, draw, *shape):  # each rank draws all: their number changes nothing
+        numbers = draw(*shape, device=self.device, generator=self.generator)
+        mine = numbers[self.rank * self.share :][: self.share]
+        return numbers if self.world_size == 1 else mine.clone()  # a view would keep them all
+
+    def parts(self, *tensors):
+        """Iterate over the micro-batches of tensors [images of this rank, ...] or None."""
+        for i in range(0, self.share, self.micro_batch):
+            yield [None if t is None else t[i : i + self.micro_batch] for t in tensors]
+
+    def in_parts(self, function, *tensors, graph=True):
+        """function(*tensors) by micro-batches; its graph is kept only if there is just one."""
+        with self.autocast(), torch.set_grad_enabled(graph and self.micro_batch == self.share):
+            return torch.cat([function(*part) for part in self.parts(*tensors)])
+
+    def sum(self, tensor):
+        """Sum of `tensor` over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, value):
+        """The largest of all ranks' `value`, an int. The hosts wait for each other, not GPUs."""
+        box = torch.tensor(int(value))
+        if self.world_size > 1:
+            dist.all_reduce(box, dist.ReduceOp.MAX)
+        return box.item()
+
+    def main_first(self, make):
+        """`make()` on every rank, one of each machine first: it fills the caches for the others."""
+        ahead = self.local_rank == 0
+        value = make() if ahead else None
+        self.agree(0)
+        return value if ahead else make()
 
 
-class Log:
-    """A JSON-lines log. `resume_at` drops what an interrupted run logged after its last checkpoint.
+def start(device="auto", precision="fp32", alone=False, batch=None, micro_batch=None):
+    """A `Runtime`: join the ranks that torchrun started, choose device and precision.
 
-    Every record holds `nimg`, the number of images seen.
+    precision: "fp32" (TF32 stays off), "bf16", "fp16" or "auto": bf16 on GPUs that compute in it,
+    fp16 on older ones, fp32 on the CPU. alone: for scripts that do not share work among ranks.
+    """
+    rank, world_size = _place()
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    if alone and world_size > 1:
+        raise UserError("this script runs on one rank; start it with python, without torchrun")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise UserError(f"more ranks than GPUs: lower --nproc-per-node to {count}")
+        torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
+    if precision == "auto":
+        bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "fp32" if device == "cpu" else "bf16" if bf16 else "fp16"
+    if precision == "fp16" and device == "cpu":
+        raise UserError("--precision fp16 is for GPUs; on the CPU use --precision bf16 or fp32")
+    if world_size > 1:
+        # Tensors on the CPU travel by gloo. A rank that fails ends the others at once; the limit is
+        # for connections that hang, and must be above the time that converting a data set takes.
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=24))
+    place = torch.device(device, local_rank if device == "cuda" else None)
+    batch = batch or world_size
+    return Runtime(place, rank, world_size, precision, local_rank, batch, micro_batch)
+
+
+class Optimizer:
+    """Adam (arXiv 1412.6980) for one network, with micro-batches, ranks and fp16 loss scaling."""
+
+    def __init__(self, net, rt, betas):
+        self.net, self.rt = net, rt
+        networks.normalize_weights(net)
+        self.adam = torch.optim.Adam(net.parameters(), betas=betas, fused=True)
+        self.scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.precision == "fp16")
+
+    def step(self, lr, objective, *tensors):
+        """One step of Adam down the mean over the global batch of a loss.
+
+        tensors: [images of this rank, ...] or None. objective(*tensors) sees a micro-batch of each
+        and returns (loss [n], *outputs [n, ...]). Returns the same, joined and detached.
+        """
+        self.adam.param_groups[0]["lr"] = lr
+        results = []
+        for part in self.rt.parts(*tensors):
+            with self.rt.autocast():
+                loss, *outputs = objective(*part)
+                total = loss.sum()
+            self.scaler.scale(total / self.rt.batch).backward()
+            results.append([value.detach() for value in (loss, *outputs)])
+        if self.rt.world_size > 1:  # all gradients in one message, in the order of their memory
+            grads = [p.grad for p in self.net.parameters() if p.grad is not None]
+            grads = [g.as_strided((g.numel(),), (1,)) for g in grads]
+            flat = self.rt.sum(torch.cat(grads))
+            torch._foreach_copy_(grads, flat.split([len(g) for g in grads]))
+        self.scaler.step(self.adam)
+        self.scaler.update()
+        self.adam.zero_grad(set_to_none=True)
+        networks.normalize_weights(self.net)
+        return [torch.cat(values) for values in zip(*results)]
+
+    def state_dict(self):
+        return {"adam": self.adam.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state):
+        self.adam.load_state_dict(state["adam"])
+        self.scaler.load_state_dict(state["scaler"])
+        for p, moments in self.adam.state.items():  # in the memory layout of the weights
+            for key in ("exp_avg", "exp_avg_sq"):
+                moments[key] = torch.empty_like(p).copy_(moments[key])
+
+
+# -------------------------------------------------------------------------------------------------
+# Command line.
+
+
+class Parser(argparse.ArgumentParser):
+    """`--help` shows the script's docstring and every default; a mistake is one line.
+
+    settings: {flag: (default, help[, type or choices])}; without the third, numbers are positive.
     """
 
-    def __init__(self, path, resume_at=0):
-        self.path = Path(path)
-        if self.path.exists():
-            # A line that a killed run left half-written is later than its last checkpoint: only whole lines are read.
-            with reading(self.path, "the log of a run", "move it elsewhere"), atomic(self.path) as part:
-                whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-                part.write_text("".join(line for line in whole if json.loads(line)["nimg"] <= resume_at))
+    def __init__(self, doc, settings={}):
+        super().__init__(description=doc, formatter_class=_Help, allow_abbrev=False)
+        for flag, (default, text, *kind) in settings.items():
+            kind = kind[0] if kind else type(default)
+            if kind is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            elif isinstance(kind, list):
+                how = {"choices": kind}
+            else:
+                kind = positive(kind) if kind in (int, float) else kind
+                how = {"type": kind, "metavar": "NAME" if kind is str else "X"}
+            self.add_argument(f"--{flag.replace('_', '-')}", default=default, help=text, **how)
 
-    def write(self, record):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def values(self, name):
-        """{nimg: value} of the records that have a field `name`."""
-        records = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
-        return {record["nimg"]: record[name] for record in records if name in record}
-
-    def flush(self):
-        """Wait until all is on the disk."""
-        if self.path.exists():
-            flush(self.path)
+    def error(self, message):
+        raise UserError(f"{message}; --help explains all flags")
 
 
-def peak_memory_gb(device):
-    """The most memory that this process has held so far: on a GPU its tensors, on the CPU all of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        told = action.default is None or "default" in action.help
+        return action.help if told else super()._get_help_string(action)
 
 
-class Progress:
-    """Status text with images/s and the time left. Counts only what this process did."""
+def number(name, kind, low, high=math.inf):
+    """An argparse type: a number in [low, high). `name` is for the error message."""
 
-    def __init__(self, nimg, total_nimg):
-        self.last_nimg = nimg
-        self.total_nimg = total_nimg
-        self.last_time = time.monotonic()
+    def parse(text):
+        value = kind(text)
+        if not low <= value < high:
+            raise ValueError
+        return value
 
-    def tick(self, nimg):
-        """(images per second since the last call, status text)."""
-        now = time.monotonic()
-        rate = (nimg - self.last_nimg) / max(now - self.last_time, 1e-9)
-        self.last_time, self.last_nimg = now, nimg
-        left = int((self.total_nimg - nimg) / max(rate, 1e-9))
-        left = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        return rate, f"{nimg / 1000:.1f}/{self.total_nimg / 1000:.0f} kimg  {rate:.0f} images/s  {left} left"
+    parse.__name__ = name
+    return parse
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What the two training scripts have in common around their loops.
-
-# Flags that may change between one part of a run and its continuation: they do not decide what a step computes, but for
-# kimg where the learning rate falls over the length of the run.
-FREE_FLAGS = {
-    "preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg", "save_kimg",
-    "fid_every", "fid_images", "fid_reference", "fid_features", "inception",
-}  # fmt: skip
+def positive(kind):
+    """An argparse type: a number of this kind above zero."""
+    return number(f"positive {kind.__name__}", kind, 1 if kind is int else 5e-324)
 
 
-def parse_args(parser, presets):
-    """Parse the command line; `--preset NAME` sets the defaults that every other flag overrides.
+finite = number("finite number", float, -sys.float_info.max)
+not_negative = number("number from 0 on", float, 0)
+fraction = number("number in [0, 1)", float, 0, 1)
 
-    `presets` is {name: {flag: default}}; the first is the default one. Adds the flags that all training has.
+integer = number("whole number", int, -math.inf)
+DEVICE = ("auto", "auto: CUDA where there is any", ["auto", "cpu", "cuda"])
+PRECISION = ("auto", "auto: on GPUs bf16, or fp16 where that is missing; on CPUs fp32",
+             ["auto", "bf16", "fp16", "fp32"])
+SHARED_SETTINGS = dict(
+    data=(None, "digits, fashion-mnist, cifar10, or a folder, zip, .npz or IDX folder", str),
+    resolution=(None, "cut the middle out of images and resize it to N x N", int),
+    outdir=(None, "where everything is written; an unfinished run found there is continued "
+            "(default: runs/PRESET/pretrain or runs/PRESET/DIVERGENCE)", str),
+    kimg=(None, "length of the run in thousands of images; a larger one continues a finished run, "
+          "and rates that fall over the run rise again", float),
+    batch=(None, "images per step, over all ranks", int),
+    micro_batch=(None, "images at once on each rank (default: all of its share); changes the "
+                 "memory only, up to rounding and dropout", int),
+    seed=(0, "seed of everything random", integer),
+    device=DEVICE,
+    precision=PRECISION,
+    compile=(False, "compile the networks with torch.compile (slow start, faster steps)"),
+    log_kimg=(50.0, "a log line every so many thousand images"),
+    grid_kimg=(1000.0, "a sample grid every so many thousand images"),
+    save_kimg=(1000.0, "a checkpoint every so many thousand images"),
+)
+
+
+def arguments(doc, settings, presets):
+    """Parse the command line of a training script; every other flag overrides the preset's.
+
+    presets: {name: {flag: default}}, the default one first.
     """
-    add = parser.add_argument
-    add("--preset", choices=list(presets), default=next(iter(presets)), help="settings that the other flags override")
-    add("--data", metavar="NAME|PATH", help="digits, fashion-mnist, cifar10, or a folder, zip, .npz or IDX folder")
-    add("--resolution", type=positive(int), metavar="N", help="cut the middle out of images of other sizes and resize it to NxN")
-    add("--outdir", metavar="DIR", help="where everything is written; an unfinished run found there is continued "
-        "(default: runs/PRESET/pretrain or runs/PRESET/DIVERGENCE)")  # fmt: skip
-    add("--kimg", type=positive(float), metavar="N", help="length of the run, in thousands of images; a larger N continues "
-        "a finished run")  # fmt: skip
-    add("--batch", type=positive(int), metavar="N", help="images per step, over all ranks")
-    add("--micro-batch", type=positive(int), metavar="N", help="images at once on each rank (default: all of its share); "
-        "changes the memory only, up to rounding; masks of dropout follow it")  # fmt: skip
-    add("--seed", type=int, default=0, metavar="N", help="seed of everything random")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is any")
-    add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
-        help="auto: on GPUs bf16, or fp16 where that is missing; on the CPU fp32")  # fmt: skip
-    add("--compile", action="store_true", help="compile the networks with torch.compile (slow start, faster steps)")
-    add("--log-kimg", type=positive(float), metavar="N", help="a log line every N thousand images")
-    add("--grid-kimg", type=positive(float), metavar="N", help="a sample grid every N thousand images")
-    add("--save-kimg", type=positive(float), metavar="N", help="a checkpoint every N thousand images")
+    parser, first = Parser(doc, settings | SHARED_SETTINGS), next(iter(presets))
+    parser.add_argument("--preset", choices=list(presets), default=first, help="sets the defaults")
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--preset", nargs="?", default=next(iter(presets)))
+    finder.add_argument("--preset", nargs="?", default=first)
     parser.set_defaults(**presets.get(finder.parse_known_args()[0].preset, {}))
     args = parser.parse_args()
     if args.data is None:
@@ -363,244 +374,218 @@ def parse_args(parser, presets):
     return args
 
 
-class Parser(argparse.ArgumentParser):
-    """The command line of a script: `--help` shows its docstring and every default, a mistake is one line as all others."""
+# -------------------------------------------------------------------------------------------------
+# A training run and its folder.
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
-
-    def error(self, message):
-        raise UserError(f"{message}; --help explains all flags")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows each default (of the preset on the command line) and leaves the description as it was written."""
-
-    def _get_help_string(self, action):
-        if action.default is None or "default" in action.help:
-            return action.help
-        return super()._get_help_string(action)
-
-
-def positive(kind):
-    """An argparse type: a number of this kind above zero."""
-
-    def parse(text):
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
-        return value
-
-    parse.__name__ = f"positive {kind.__name__}"
-    return parse
-
-
-def not_negative(text):
-    """An argparse type: a finite number from 0 on."""
-    if not 0 <= float(text) < float("inf"):
-        raise ValueError
-    return float(text)
-
-
-def fraction(text):
-    """An argparse type: a number in [0, 1)."""
-    if not 0 <= float(text) < 1:
-        raise ValueError
-    return float(text)
-
-
-fraction.__name__ = "number in [0, 1)"  # in argparse's message
-
-
-class Draw:
-    """Random numbers of one training step, as a function of `key` alone.
-
-    All of the global batch's numbers are drawn on every rank and the rank's share is kept, so that the result does
-    not depend on how many ranks and micro-batches share the work.
-    """
-
-    def __init__(self, rt, batch, *key):
-        self.device, self.batch, share = rt.device, batch, batch // rt.world_size
-        self.mine = slice(rt.rank * share, (rt.rank + 1) * share)
-        self.whole = rt.world_size == 1
-        self.rng = rng(rt.device, *key)
-
-    def normal(self, *shape):
-        """[images of this rank, *shape] standard normal."""
-        return self._share(torch.randn(self.batch, *shape, device=self.device, generator=self.rng))
-
-    def uniform(self):
-        """[images of this rank], uniform in [0, 1)."""
-        return self._share(torch.rand(self.batch, device=self.device, generator=self.rng))
-
-    def coin(self):
-        """[images of this rank] bool, fair."""
-        return self.uniform() < 0.5
-
-    def _share(self, numbers):  # a copy: a view would keep the other ranks' numbers in memory
-        return numbers if self.whole else numbers[self.mine].clone()
+FREE_FLAGS = {  # may change when a run is resumed: they do not decide what a step computes
+    "preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg",
+    "save_kimg", "fid_every", "fid_images", "fid_reference", "fid_features", "inception",
+}
+FORMAT = 2  # of checkpoint.pt
 
 
 class Run:
-    """A training run and its folder: what is trained, how far it is, checkpoint, log and cadence.
+    """A training run: its folder, how far it is, its checkpoint, its log, what is due.
 
-    `parts` {name: network, optimiser or scaler} is what a continuation needs, the averaged weights under "ema". If the
-    folder holds a checkpoint, they are restored from it: the same command again continues the run. Other settings than
-    those it was started with are refused, and so is a second process in the same folder. While the run `goes_on`, a
-    signal (Ctrl-C, a cluster's SIGTERM, a closed terminal) makes all ranks stop after the same step, with a checkpoint.
+    `parts` {name: network or optimizer} is what a checkpoint holds, the averaged weights as "ema".
+    If the folder holds a checkpoint, they are restored: the same command again continues the run.
+    Other settings and a second process in the same folder are refused. After a signal all ranks
+    stop at the same step, at `save`.
     """
 
-    def __init__(self, args, rt, stage, parts):
-        self.dir, self.rt, self.kind, self.stage = Path(args.outdir), rt, f"training state of {stage}", stage
-        self.parts = parts
-        self.settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS} | {"precision": rt.precision}
-        self.total_nimg = -(-max(round(args.kimg * 1000), 1) // args.batch) * args.batch  # whole batches
-        self.batch, self.nimg = args.batch, 0
-        self.sums, self.logged_nimg = {}, 0  # of the log: sums over the images since the last line
-        self.signal, self.signal_time = 0, 0.0  # number of the signal that this rank got, or 0
-        self.stopping = 0  # number of the signal after which all ranks agreed to stop, or 0
-        self.listening = self.resting = False
-        path = self.dir / "checkpoint.pt"
-        if rt.is_main:
-            if locked := lock(self.dir / ".lock", self.dir):
-                _at_end.enter_context(locked)
-                remove_parts(self.dir)
-        if path.exists():
-            state = load_checkpoint(path)
-            with reading(path, "a checkpoint of such a run", "choose another --outdir"):
-                self._check(path, state)
-                for name, part in parts.items():
-                    part.load_state_dict(state[name])
-                    if isinstance(part, torch.optim.Optimizer):  # in the weights' layout: --compile and the device decide it
-                        for p, moments in part.state.items():
-                            moments |= {k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v.shape == p.shape}
-                self.nimg = state["nimg"]
-                self.logged_nimg = state.get("logged_nimg", self.nimg)
-                if rt.is_main:  # the sums over the ranks
-                    self.sums = {name: value.to(rt.device) for name, value in state.get("sums", {}).items()}
-        if (nimg := rt.first(lambda: self.nimg)) != self.nimg:
-            raise UserError(f"{path} is at {self.nimg / 1000:g} kimg here and at {nimg / 1000:g} where the first rank runs; "
-                            "--outdir must be on a disk that all machines share")  # fmt: skip
+    def __init__(self, args, rt, stage, **parts):
+        self.dir, self.rt, self.stage, self.parts = Path(args.outdir), rt, stage, parts
+        self.settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
+        self.settings["precision"] = rt.precision
+        images = max(round(args.kimg * 1000), 1)
+        self.total_nimg = -(-images // rt.batch) * rt.batch  # whole batches
+        self.nimg = self.logged_nimg = 0
+        self.sums = {}  # for the log, over the images since the last line
+        self.stopping = False  # whether a rank got a signal
+        self.path, self.log_path = self.dir / "checkpoint.pt", self.dir / "log.jsonl"
+        if rt.is_main and (locked := files.lock(self.dir / ".lock", self.dir)):
+            _at_end.enter_context(locked)
+            files.remove_parts(self.dir)
+        if self.path.exists():
+            state = files.load_checkpoint(self.path)
+            with files.reading(self.path, "a checkpoint of such a run", "choose another --outdir"):
+                self._restore(state)
+        if (most := rt.agree(self.nimg)) != -rt.agree(-self.nimg):
+            raise UserError(f"{self.path} is at {most / 1000:g} kimg on one machine and not on "
+                            "another; --outdir must be on a disk that all machines share")
         if self.nimg:
             rt.print(f"continuing {self.dir} at {self.nimg / 1000:g} kimg")
-        if rt.is_main:
-            self.log = Log(self.dir / "log.jsonl", self.nimg)
-        self.progress = Progress(self.nimg, self.total_nimg)
-        self.advice = f"training diverged; the last checkpoint in {self.dir} is untouched. Try a lower --lr, or --precision fp32"
+        self.log = self._open_log() if rt.is_main else []
+        self.last = time.monotonic(), self.nimg
 
-    def _check(self, path, state):
-        if state["kind"] != self.kind:
-            raise UserError(f"{path} is a {state['kind']}, not a {self.kind}; choose another --outdir")
-        before = state["settings"]
-        for key in sorted(self.settings.keys() & before.keys()):  # a flag that came later had no effect then
-            old, new = before[key], self.settings[key]
-            if old != new and old != "auto":  # a precision that older checkpoints do not tell
+    def print_start(self, what, dataset, *nets):
+        """Say what is trained, on which data and where."""
+        rt, sizes = self.rt, [f"{networks.parameter_count(net) / 1e6:.2f}" for net in nets]
+        labels = "no labels" if dataset.labels is None else "labels not used (--cond)"
+        if classes := nets[0].config.label_dim:
+            named = f": {', '.join(dataset.classes[:10])}" if dataset.classes else ""
+            labels = f"{classes} classes{named}"
+        rt.print(f"{self.stage}: {what}, {' + '.join(sizes)} M parameters, {dataset.name} "
+                 f"({len(dataset)} images, {labels}), {rt.world_size} x {rt.device.type}, "
+                 f"{rt.precision}, batch {rt.batch} in parts of {rt.micro_batch}")
+
+    def _restore(self, state):
+        if state["kind"] != f"training state of {self.stage}":
+            raise UserError(f"a {state['kind']}, not of {self.stage}; choose another --outdir")
+        if state.get("format") != FORMAT:
+            raise UserError("this run was started by another version of the project; finish it "
+                            "with that version or choose another --outdir")
+        for key, new in self.settings.items():
+            if (old := state["settings"].get(key)) != new:
                 flag = "--" + key.replace("_", "-")
-                raise UserError(f"{path} was trained with {flag} {old}, not {new}; "
-                                f"continue with {old} or choose another --outdir")  # fmt: skip
+                raise UserError(f"{self.path} was trained with {flag} {old}, not {new}; "
+                                f"continue with {old} or choose another --outdir")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.nimg, self.logged_nimg = state["nimg"], state["logged_nimg"]
+        for name, rows in state["sums"].items():  # a row for each rank
+            same = len(rows) == self.rt.world_size
+            value = rows[self.rt.rank] if same else rows.sum(0) * self.rt.is_main
+            self.sums[name] = value.to(self.rt.device)
 
-    def goes_on(self):
-        """Whether there is another step to take. From the first call on, signals wait for the end of a step."""
-        if not self.listening:
-            self.listening = True
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)  # Windows has no SIGHUP
-                if number and signal.getsignal(number) is not signal.SIG_IGN:  # which is what nohup does
-                    _at_end.callback(signal.signal, number, signal.signal(number, self._on_signal))
-        return self.nimg < self.total_nimg and not self.stopping
+    def _open_log(self):
+        """The log's records up to the checkpoint. Later and half-written ones are dropped."""
+        if not self.log_path.exists():
+            return []
+        with files.reading(self.log_path, "the log of a run", "move it elsewhere"):
+            lines = self.log_path.read_text().splitlines(keepends=True)
+            records = [json.loads(line) for line in lines if line.endswith("\n")]
+            records = [record for record in records if record["nimg"] <= self.nimg]
+        with files.atomic(self.log_path) as part:
+            part.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return records
 
-    def _on_signal(self, number, frame):
-        if self.resting:
-            self._stop(number)
-        now = time.monotonic()
-        if not self.signal:
-            self.signal, self.signal_time = number, now
-            with contextlib.suppress(OSError):  # a closed terminal; not by print, in which the signal may have come
-                if self.rt.is_main:
-                    os.write(2, b"\nstopping after this step; a second signal ends the run at once\n")
-        elif now > self.signal_time + 2:  # the same one can come twice, from the cluster and from torchrun
-            os._exit(128 + number)
-
-    def _stop(self, number):
-        raise Stopped(f"{self.stage} stopped at {self.nimg / 1000:g} kimg; the same command continues it", number)
-
-    @contextlib.contextmanager
-    def at_rest(self):
-        """Around long work that changes nothing, after `save`: there a signal ends the script at once."""
-        self.resting = True
-        if self.signal:
-            self._stop(self.signal)
-        yield
-        self.resting = False
+    def unfinished(self):
+        """Whether there is another step to take. During a step signals wait for its end."""
+        _signals.in_step = self.nimg < self.total_nimg
+        return _signals.in_step
 
     def advance(self):
-        """Count the step that was just taken. If any rank got a signal, all of them are `stopping` from here on."""
-        self.nimg += self.batch
-        self.stopping = self.rt.agree(self.signal)
+        """Count the step just taken. If any rank got a signal, all are `stopping`."""
+        self.nimg += self.rt.batch
+        self.stopping = bool(self.rt.agree(_signals.number))
 
     def due(self, kimg):
-        """Whether the step that has just reached `nimg` images crossed a multiple of `kimg`, or was the last."""
-        every = kimg * 1000
-        return self.nimg // every > (self.nimg - self.batch) // every or self.nimg >= self.total_nimg
-
-    def since(self, kimg):
-        """Number of images since something was due every `kimg`, before this step."""
-        every = kimg * 1000
-        return int(self.nimg - (self.nimg - self.batch) // every * every)
-
-    def lacks(self, name, kimg):
-        """Whether `name` is due for the log here and not yet in it: a stop can have come between a step and its measurement."""
-        return self.nimg > 0 and self.due(kimg) and self.rt.first(lambda: self.nimg not in self.log.values(name))
+        """Whether the last step crossed a multiple of `kimg` thousand images, or ended the run."""
+        if not kimg or not self.nimg:
+            return False
+        before, now = ((nimg // (kimg * 1000)) for nimg in (self.nimg - self.rt.batch, self.nimg))
+        return now > before or self.nimg >= self.total_nimg
 
     def add(self, **values):
-        """Add tensors to the sums that the next log line is made of. Stays on the device: nothing waits for it."""
+        """Add tensors to the sums of the next log line. They stay on the device: nothing waits."""
         for name, value in values.items():
-            value = value.detach().double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.sums[name] = value.detach().double() + self.sums.get(name, 0)
 
-    def summed(self):
-        """{name: float64 tensor on the CPU} summed over the ranks."""
-        return {name: self.rt.sum(value.clone()).cpu() for name, value in sorted(self.sums.items())}
+    def _rows(self):
+        """{name: the sums of each rank, [ranks, ...] float64 on the CPU}."""
+        rows = {}
+        for name, value in sorted(self.sums.items()):
+            rows[name] = value.new_zeros(self.rt.world_size, *value.shape)
+            rows[name][self.rt.rank] = value
+        return {name: self.rt.sum(row).cpu() for name, row in rows.items()}
 
-    def take(self):
-        """`summed()` and the number of images since the last call; the sums start again from nothing."""
-        sums, images = self.summed(), self.nimg - self.logged_nimg
+    def pop_sums(self):
+        """({name: sum over ranks} of what was added since the last call, the number of images)."""
+        sums, images = self._rows(), self.nimg - self.logged_nimg
         self.sums, self.logged_nimg = {}, self.nimg
-        return sums, images
+        return {name: rows.sum(0) for name, rows in sums.items()}, images
 
     def report(self, record, text):
-        """Write a log line and a status line. A value that is not finite ends the run, before anything is saved."""
-        rate, status = self.progress.tick(self.nimg)
-        bad = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
-        if bad:
-            raise UserError(f"{bad[0]} is {record[bad[0]]} at {self.nimg / 1000:g} kimg: {self.advice}")
-        memory = peak_memory_gb(self.rt.device)
-        self.note({**record, "images_per_second": rate, "peak_memory_gb": memory}, f"{status}  {memory:.1f} GB  {text}")
+        """Write a log line with the speed, and print `text`. NaN or infinity ends the run."""
+        for key, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                self._diverged(f"{key} is {value}")
+        (before, nimg), self.last = self.last, (time.monotonic(), self.nimg)
+        rate = (self.nimg - nimg) / max(self.last[0] - before, 1e-9)
+        left = datetime.timedelta(seconds=int((self.total_nimg - self.nimg) / max(rate, 1e-9)))
+        if self.rt.device.type == "cuda":
+            record["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self.write({**record, "images_per_second": rate},
+                   f"{self.nimg / 1000:.1f}/{self.total_nimg / 1000:.0f} kimg  "
+                   f"{rate:.0f} images/s  {left} left  {text}")
 
-    def note(self, record, text):
-        """Write a log line and show `text`."""
+    def write(self, record, text):
+        """Write a log line, with the number of images seen, and print `text`."""
         if self.rt.is_main:
-            self.log.write({"nimg": self.nimg, **record})
+            self.log.append({"nimg": self.nimg, **record})
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(self.log[-1]) + "\n")
         self.rt.print(text)
 
-    def save(self, write_networks):
-        """Write the network files by `write_networks()`, then the checkpoint from which the run continues.
+    def lacks(self, name):
+        """Whether no log line of the present number of images has a value `name`."""
+        here = any(name in record for record in self.log if record["nimg"] == self.nimg)
+        return bool(self.rt.agree(self.rt.is_main and not here))
 
-        In this order, and both by the first rank: a run that is killed in between takes the steps again, and writes both.
+    def _diverged(self, what):
+        kept = f"the last checkpoint in {self.dir} is untouched; " if self.path.exists() else ""
+        remedy = "" if self.rt.precision == "fp32" else " or --precision fp32"
+        raise UserError(f"{what} at {self.nimg / 1000:g} kimg: training diverged; {kept}"
+                        f"try a lower --lr{remedy}")
+
+    def save(self, write_networks):
+        """On the first rank write the network files by `write_networks()`, then the checkpoint.
+
+        A run that is killed between the two repeats its steps and writes both. Afterwards, until
+        the next step, a signal ends the script.
         """
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(bool(v.isfinite().all()) for v in state["ema"].values()):
-            raise UserError(f"the weights are not finite at {self.nimg / 1000:g} kimg: {self.advice}")
-        sums = self.summed()
+            self._diverged("the weights are not finite")
+        sums = self._rows()
         if self.rt.is_main:
             write_networks()
-            self.log.flush()
-            about = {"kind": self.kind, "settings": self.settings, "nimg": self.nimg, "logged_nimg": self.logged_nimg}
-            save_checkpoint({**about, "sums": sums, **state}, self.dir / "checkpoint.pt")
+            if self.log_path.exists():
+                files.flush(self.log_path)
+            about = dict(kind=f"training state of {self.stage}", format=FORMAT, nimg=self.nimg,
+                         logged_nimg=self.logged_nimg, settings=self.settings, sums=sums)
+            files.save_checkpoint({**about, **state}, self.path)
+        _signals.in_step = False
+        if number := self.rt.agree(_signals.number):
+            raise Stopped(f"{self.stage} stopped at {self.nimg / 1000:g} kimg; the same command "
+                          "continues it", number)
 
-    def finish(self):
-        """Say how the run ended; after a signal, end the script."""
-        self.rt.agree(0)  # torchrun ends all ranks when one is gone: the first has its files written by now
-        if self.nimg < self.total_nimg:
-            self._stop(self.stopping)
-        self.rt.print(f"{self.stage} is done: {self.dir / 'network.pt'}")
+
+# -------------------------------------------------------------------------------------------------
+# The log of stage 2.
+
+BANDS = (0.1, 0.3, 1.0, 3.0)  # edges of the noise-level bands in the log
+
+
+def band_sums(sigma, h_real, h_fake):
+    """Sums over logits [N] at noise levels sigma [N], per noise-level band: [5, bands] float64.
+
+    Rows: number of logits, how many are right, binary cross-entropy, logit, logit squared.
+    """
+    band = sum(sigma > edge for edge in BANDS)
+    h, margin = torch.stack([h_real, h_fake]).double(), torch.stack([h_real, -h_fake]).double()
+    right = (margin > 0) + 0.5 * (margin == 0)
+    values = torch.stack([torch.ones_like(h), right, F.softplus(-margin), h, h * h]).sum(dim=1)
+    return values.new_zeros(5, len(BANDS) + 1).index_add_(1, band, values)
+
+
+def stage2_line(sums, images):
+    """(record, text) for the log: means over the images since the line before.
+
+    generator_loss: of the divergence; it says that the run is alive, not how good the samples are.
+    ratio_loss: binary cross-entropy; ln 2 = 0.693 where data and samples cannot be told apart.
+    ratio_accuracy: 0.5 is chance; far above it at small sigma, late in a run on few images, the
+    ratio network has memorised them. bands: the same by noise level, and the logit h.
+    """
+    names = [f"<{BANDS[0]}", *(f"{a}-{b}" for a, b in zip(BANDS, BANDS[1:])), f">{BANDS[-1]}"]
+    bands = {}
+    for name, (n, *values) in zip(names, sums["bands"].T.tolist()):
+        if n:
+            right, loss, h, h2 = (value / n for value in values)
+            std = max(h2 - h * h, 0) ** 0.5
+            bands[name] = dict(accuracy=right, loss=loss, logit_mean=h, logit_std=std)
+    n, right, loss, *_ = sums["bands"].sum(dim=1).tolist()
+    record = dict(generator_loss=sums["generator_loss"].item() / images, ratio_loss=loss / n,
+                  ratio_accuracy=right / n, bands=bands)
+    return record, "generator {generator_loss:+.4f}  ratio {ratio_loss:.4f}".format(**record)

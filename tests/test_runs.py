@@ -37,7 +37,7 @@ def scripts(stage1):
 def log_of(folder):
     """The records of a log without what depends on the machine."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in ("images_per_second", "peak_memory_gb")} for r in records]
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
 
 
 def assert_equal(a, b):
@@ -102,7 +102,7 @@ def test_a_signal_ends_the_step_and_the_run_continues_exactly(call, stage1, tmp_
     def signalled(run):
         if run.nimg == 64:
             os.kill(os.getpid(), number)
-            run.signal_time += 60  # together, however slow the machine is
+            training._signals.time += 60  # together, however slow the machine is
             os.kill(os.getpid(), number)
         advance(run)
 
@@ -121,7 +121,7 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path):
 import os, pretrain, signal; from machinery import training
 def signalled(run):
     os.kill(os.getpid(), signal.SIGTERM)
-    run.signal_time -= 60
+    training._signals.time -= 60
     os.kill(os.getpid(), signal.SIGTERM)
     print("still here")
 training.Run.advance = signalled
@@ -174,20 +174,9 @@ def test_a_second_process_is_refused_with_a_line_that_names_the_first(call, refu
     checkpoint = (tmp_path / "checkpoint.pt").read_bytes()
     with files.lock(tmp_path / ".lock", tmp_path):
         line = refused(pretrain, *SHORT, "--outdir", tmp_path)
-    assert f"{tmp_path} is in use by process {os.getpid()} on " in line and " since 20" in line
+    assert f"{tmp_path} is in use by process {os.getpid()} on " in line
     assert (tmp_path / "checkpoint.pt").read_bytes() == checkpoint
     call(pretrain, *SHORT, "--outdir", tmp_path)
-
-
-def test_without_locks_a_run_is_warned_and_goes_on(call, tmp_path, monkeypatch, capsys):
-    def unsupported(*args):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(files.fcntl, "flock", unsupported)
-    other = tmp_path / ".network.pt.elsewhere.1.part"
-    other.write_bytes(b"of a process that may be alive")
-    call(pretrain, *SHORT, "--kimg", "0.032", "--outdir", tmp_path)
-    assert "cannot be locked" in capsys.readouterr().err and other.exists() and (tmp_path / "network.pt").exists()
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -209,17 +198,17 @@ def test_what_replaces_a_file_is_on_the_disk_by_then(tmp_path, monkeypatch, fold
             (part / "inside.txt").write_text("content")
         else:
             part.write_text("content")
-    assert order == ["txt"] * folder + ["part", "replace", ""]
+    assert order == ["txt" if folder else "part", "replace"]
 
 
-def test_log_forgets_what_came_after_the_checkpoint(tmp_path):
-    log = training.Log(tmp_path / "log.jsonl")
-    for nimg in (100, 200, 300):
-        log.write({"nimg": nimg})
+def test_the_log_forgets_what_came_after_the_checkpoint(call, tmp_path):
+    args = [*SHORT, "--log-kimg", "0.064", "--outdir", tmp_path]
+    call(pretrain, *args, "--kimg", "0.128")
+    before = log_of(tmp_path)
     with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"nimg": 4')  # the process was killed while it wrote
-    training.Log(tmp_path / "log.jsonl", resume_at=200)
-    assert [record["nimg"] for record in log_of(tmp_path)] == [100, 200]
+        file.write('{"nimg": 192, "loss": 1.0}\n{"nimg": 4')  # the process was killed while it wrote
+    call(pretrain, *args, "--kimg", "0.128")
+    assert log_of(tmp_path) == before and [record["nimg"] for record in before] == [64, 128]
 
 
 def test_a_closed_terminal_does_not_end_a_run(call, tmp_path, monkeypatch):
@@ -301,18 +290,6 @@ def test_a_run_continues_in_another_memory_layout(call, stage1, tmp_path, monkey
     assert alike(weights(tmp_path / "one" / "network.pt"), weights(tmp_path / "parts" / "network.pt"), start, share=0.01)
 
 
-@pytest.mark.parametrize("flag", ["--lr-rampup-kimg", "--lr-decay-batches"])
-@pytest.mark.parametrize("value", ["-1", "nan", "inf"])
-def test_lengths_of_the_learning_rate_are_not_negative(refused, tmp_path, flag, value):
-    assert flag in refused(pretrain, f"{flag}={value}", "--outdir", tmp_path / "x") and not (tmp_path / "x").exists()
-
-
-@pytest.mark.parametrize("flag, value", [("--lr-decay-kimg", "-1"), ("--fid-images", "1")])
-def test_what_stage_2_could_not_use_is_refused_before_it_trains(refused, stage1, tmp_path, flag, value):
-    args = [flag, value, "--fid-every", "1", "--init", stage1 / "network.pt", "--outdir", tmp_path / "x"]
-    assert flag in refused(train_diffratio, *args) and not (tmp_path / "x").exists()
-
-
 def test_the_shortest_run_is_one_step(call, tmp_path):
     call(pretrain, *SHORT, "--kimg", "0.0001", "--outdir", tmp_path)
     assert files.load_checkpoint(tmp_path / "checkpoint.pt")["nimg"] == 32 and (tmp_path / "network.pt").exists()
@@ -342,7 +319,6 @@ def test_a_full_gpu_is_not_a_damaged_file():
 def test_a_mistake_that_all_ranks_make_is_printed_once(stage1, tmp_path):
     done = python("import sample; from machinery import training; training.run(sample.main)", "--network", stage1 / "network.pt", ranks=2)
     assert len(said(done)) == 1 and "without torchrun" in said(done)[0] and done.returncode != 0
-    assert "without torchrun" in done.stderr.splitlines()[-2]  # the last words of torchrun's report
 
 
 def test_a_mistake_of_one_rank_is_printed_by_it_and_ends_all(tmp_path):
@@ -357,43 +333,31 @@ def main():
         raise UserError("no such file on this machine")
     def fail():
         raise OSError(28, "No space left on device", "checkpoint.pt")
-    rt.first(fail if {rank} == 0 else lambda: 1)
-    for i in range(1000):
+    if {rank} == 0 == rt.rank:
+        fail()
+    for i in range(100_000):
         rt.sum(torch.ones(1))
 training.run(main)""", ranks=2)  # fmt: skip
         expected = ["error: No space left on device: checkpoint.pt", "script.py, rank 1: error: no such file on this machine"][rank]
         assert len(said(done)) == 1 and said(done)[0].endswith(expected) and done.returncode != 0, done.stderr
 
 
-def test_one_rank_of_each_machine_converts_and_the_others_wait_without_a_time_limit(tmp_path):
-    """Two ranks of one machine, then of two machines without a common cache, then with one."""
-    data.write_images([(np.zeros((5, 8, 8, 3), np.uint8), None)], tmp_path / "set", 5)
+def test_one_rank_of_each_machine_goes_first(tmp_path):
+    """Two ranks of one machine: the first converts the data, the second finds it. Of two machines both convert."""
+    data.write_images([(np.zeros((5, 8, 8, 3), np.uint8), None)], tmp_path / "set")
     done = python("""
-import os, pathlib, sys, time; from machinery import data, training
-import torch.distributed as dist
-folder, cache = sys.argv[1:]
+import dataclasses, os, pathlib; from machinery import data, training
 data.MEMORY_LIMIT = 0
-rank = int(os.environ["RANK"])
 def main():
-    rt = training.start("cpu")
-    for name in ("all_reduce", "broadcast_object_list"):  # no wait in the group of the gradients, which has a time limit
-        def checked(*args, group=None, f=getattr(dist, name), **kwargs):
-            assert group is rt.host_group
-            return f(*args, group=group, **kwargs)
-        setattr(dist, name, checked)
-    for local_rank, place in ((rank, "one machine"), (0, f"machine {rank}"), (0, "shared")):
-        rt = training.dataclasses.replace(rt, local_rank=local_rank)
-        def load():
-            dataset = data.load(folder, pathlib.Path(cache, place))
-            for _ in range(600):  # two machines convert at the same time
-                if place != f"machine {rank}" or pathlib.Path(cache, f"machine {1 - rank}").exists():
-                    return dataset
-                time.sleep(0.1)
-        assert len(rt.main_first(load)) == 5 == rt.first(lambda: 5 + rank)
+    rt, rank = training.start("cpu"), int(os.environ["RANK"])
+    for local_rank, place in ((rank, "one machine"), (0, f"machine {rank}")):
+        rt = dataclasses.replace(rt, local_rank=local_rank)
+        os.environ["DIFFRATIO_CACHE"] = str(pathlib.Path(sys.argv[2], place))
+        assert len(rt.main_first(lambda: data.load(sys.argv[1]))) == 5
 training.run(main)""", tmp_path / "set", tmp_path / "cache", ranks=2)  # fmt: skip
     assert done.returncode == 0, done.stderr
     places = re.findall(r"converting .*? to .*?/cache/([^/]+)/", done.stderr)  # two processes may write into one line
-    assert sorted(places) == ["machine 0", "machine 1", "one machine", "shared"], done.stderr
+    assert sorted(places) == ["machine 0", "machine 1", "one machine"], done.stderr
 
 
 def test_ranks_that_do_not_share_the_folder_are_stopped(call, tmp_path):
@@ -402,21 +366,5 @@ def test_ranks_that_do_not_share_the_folder_are_stopped(call, tmp_path):
 import os, pretrain; from machinery import training
 sys.argv[-1] += os.environ["RANK"]
 training.run(pretrain.main)""", *SHORT, "--outdir", f"{tmp_path}/", ranks=2)  # fmt: skip
-    assert len(said(done)) == 1 and "at 0 kimg here and at 0.064 where the first rank runs" in said(done)[0], done.stderr
+    assert len(said(done)) == 1 and "at 0.064 kimg on one machine" in said(done)[0], done.stderr
     assert "--outdir must be on a disk that all machines share" in said(done)[0]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Small things.
-
-
-def test_a_preview_costs_no_more_than_it_may(stage1, tmp_path, capsys):
-    """Images times evaluations of the network; too few for one image are said instead."""
-    net, rt, evaluations = checkpoints.load_network(stage1 / "network.pt"), training.start("cpu"), []
-    forward = net.forward
-    net.forward = lambda x, *args: (evaluations.append(len(x)), forward(x, *args))[1]
-    for budget, images in ((16 * 34, 0), (16 * 100, 2), (10**6, 64)):
-        evaluations.clear()
-        sample.preview(net, tmp_path / f"{budget}.png", 0, rt, budget)
-        assert sum(evaluations) == 35 * images and (tmp_path / f"{budget}.png").exists() == (images > 0)
-        assert f"{budget}.png" in capsys.readouterr().out
