@@ -1,44 +1,44 @@
-"""The networks: denoisers D(x; sigma) of EDM and EDM2, and the ratio network h(x, sigma) built on their encoders.
+"""The networks: denoisers D(x; sigma) of EDM and EDM2, and the ratio network h(x, sigma).
 
-Four architectures, with the module names and shapes of the published EDM and EDM2 checkpoints so that those load by
-name:
+Four architectures, with the names and shapes of weights of the published checkpoints:
 
-    ddpmpp   DDPM++ of EDM (arXiv 2206.00364, Table 7): CIFAR-10, FFHQ, AFHQv2, and our small presets
-    ncsnpp   NCSN++ of EDM: Fourier embedding, a residual pyramid of the input in the encoder, wider resampling filter
+    ddpmpp   DDPM++ of EDM (arXiv 2206.00364, Table 7): CIFAR-10, FFHQ, AFHQv2, our small presets
+    ncsnpp   NCSN++ of EDM: Fourier embedding, a pyramid of the input, a wider resampling filter
     adm      ADM (arXiv 2105.05233) as EDM trained it: ImageNet 64x64
-    edm2     the magnitude-preserving U-Net of EDM2 (arXiv 2312.02696), configuration G: ImageNet 512x512 latents
+    edm2     EDM2 (arXiv 2312.02696), configuration G: ImageNet 512x512 latents
 
-Each is an encoder class and a U-Net that inherits from it and adds the decoder. `Denoiser` wraps a U-Net in the
-preconditioning, `RatioNetwork` wraps the encoder alone in the same preconditioning and adds a head with one logit.
-Nothing here reads a file: `checkpoints.load_network(path)` does.
+They share the class `UNet`. `Denoiser` is a U-Net with preconditioning. `RatioNetwork` is a U-Net's
+encoder with the same preconditioning and a head that returns one logit.
 
-Shapes: x [N, C, H, W] float32, sigma [N] (standard deviation of the noise, data scaled to [-1, 1]), labels [N] int64
-or None.
+Shapes: x [N, C, H, W] float32, sigma [N] (standard deviation of the noise, for data scaled to
+[-1, 1]), labels [N] int64 or None.
 """
 
 import dataclasses
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from machinery.files import UserError
+# ---- Configurations ----------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------------------
-# Configurations.
+
+class ConfigError(ValueError):
+    """A configuration that fits no network. The message names the value and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that decides the shape and the function of a network. Plain values: it is stored in every checkpoint."""
+    """Everything that decides a network's shape and function; stored in every network file."""
 
     architecture: str = "ddpmpp"  # ddpmpp, ncsnpp, adm or edm2
     img_resolution: int = 32  # pixels, height = width
     img_channels: int = 3
     label_dim: int = 0  # number of classes, 0 = unconditional
-    model_channels: int = 128  # channels at multiplier 1
-    channel_mult: tuple = (2, 2, 2)  # one entry per resolution level, highest resolution first
+    model_channels: int = 128  # base channels
+    channel_mult: tuple = (2, 2, 2)  # times base channels; highest resolution first
     num_blocks: int = 4  # residual blocks per level
     attn_resolutions: tuple = (16,)  # resolutions with self-attention
     dropout: float = 0.0  # probability
@@ -46,98 +46,55 @@ class Config:
     sigma_data: float = 0.5  # standard deviation of the data that the preconditioning assumes
 
     def __post_init__(self):
-        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))  # lists from a file become tuples
-        object.__setattr__(self, "attn_resolutions", tuple(self.attn_resolutions))
-        if self.architecture not in ("ddpmpp", "ncsnpp", "adm", "edm2"):
-            raise UserError(f"unknown architecture {self.architecture!r}; known: ddpmpp, ncsnpp, adm, edm2")
-        sizes = (self.img_resolution, self.img_channels, self.model_channels, self.num_blocks, *self.channel_mult)
-        whole = all(isinstance(n, int) for n in (*sizes, *self.attn_resolutions, self.label_dim))
-        if not self.channel_mult or not whole or min(sizes) < 1 or self.label_dim < 0:
-            raise UserError(f"network sizes must be positive whole numbers: {self}")
-        if not all(isinstance(n, (int, float)) for n in (self.dropout, self.sigma_data)):
-            raise UserError(f"dropout and sigma_data must be numbers: {self}")
-        if not 0 <= self.dropout < 1 or not 0 < self.sigma_data < math.inf:
-            raise UserError(f"dropout must be in [0, 1) and sigma_data above 0: {self}")
-        if self.preconditioning not in ("edm", "vp", "ve"):
-            raise UserError(f"unknown preconditioning {self.preconditioning!r}; known: edm, vp, ve")
-        halvings = len(self.channel_mult) - 1
-        if self.img_resolution % 2**halvings:
-            raise UserError(
-                f"images of {self.img_resolution}x{self.img_resolution} cannot be halved {halvings} times, as a network "
-                f"with {halvings + 1} levels does; resize them to a multiple of {2**halvings} or use fewer levels"
-            )
+        for name in ("channel_mult", "attn_resolutions"):  # lists in files
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        arch, kind, size = self.architecture, self.preconditioning, self.img_resolution
+        if arch not in ("ddpmpp", "ncsnpp", "adm", "edm2"):
+            raise ConfigError(f"unknown architecture {arch!r}; known: ddpmpp, ncsnpp, adm, edm2")
+        if kind not in ("edm", "vp", "ve"):
+            raise ConfigError(f"unknown preconditioning {kind!r}; known: edm, vp, ve")
+        sizes = (size, self.img_channels, self.model_channels, self.num_blocks, *self.channel_mult)
+        rest = self.label_dim >= 0 and 0 <= self.dropout < 1 and 0 < self.sigma_data < math.inf
+        if not self.channel_mult or min(sizes) < 1 or not rest:
+            raise ConfigError(f"sizes and sigma_data must be positive, dropout in [0, 1): {self}")
         if self.model_channels % 4:
-            raise UserError(f"model_channels must be a multiple of 4, not {self.model_channels}")
+            raise ConfigError(f"model_channels must be a multiple of 4, not {self.model_channels}")
+        halvings = len(self.channel_mult) - 1
+        if size % 2**halvings:
+            raise ConfigError(
+                f"images of {size}x{size} cannot be halved {halvings} times, as a network with "
+                f"{halvings + 1} levels does; resize them to a multiple of {2**halvings}"
+            )
 
 
-_EDM2 = dict(architecture="edm2", img_resolution=64, img_channels=4, label_dim=1000, channel_mult=(1, 2, 3, 4),
-             num_blocks=3, attn_resolutions=(16, 8))  # fmt: skip
-
-NETWORKS = {
-    "digits": Config(img_resolution=8, img_channels=1, model_channels=32, channel_mult=(1, 2), num_blocks=1,
-                     attn_resolutions=()),
-    "fashion-mnist": Config(img_resolution=28, img_channels=1, model_channels=16, channel_mult=(1, 2, 4), num_blocks=1,
-                            attn_resolutions=()),
-    "pictures": Config(img_resolution=64, model_channels=64, channel_mult=(1, 2, 3, 4), num_blocks=2),
-    "cifar10": Config(dropout=0.13),  # EDM, Table 7: 55.7 M parameters
-    "imagenet64": Config("adm", 64, 3, 1000, 192, (1, 2, 3, 4), 3, (32, 16, 8), dropout=0.10),
-    "edm2-xs": Config(**_EDM2, model_channels=128),
-    "edm2-s": Config(**_EDM2, model_channels=192),
-    "edm2-m": Config(**_EDM2, model_channels=256, dropout=0.10),
-    "edm2-l": Config(**_EDM2, model_channels=320, dropout=0.10),
-    "edm2-xl": Config(**_EDM2, model_channels=384, dropout=0.10),
-    "edm2-xxl": Config(**_EDM2, model_channels=448, dropout=0.10),
-}  # fmt: skip
+NETWORKS = {  # in the order of Config's fields, up to dropout
+    "digits": Config("ddpmpp", 8, 1, 0, 32, (1, 2), 1, ()),
+    "fashion-mnist": Config("ddpmpp", 28, 1, 0, 16, (1, 2, 4), 1, ()),
+    "pictures": Config("ddpmpp", 64, 3, 0, 64, (1, 2, 3, 4), 2, (16,)),
+    "cifar10": Config("ddpmpp", 32, 3, 0, 128, (2, 2, 2), 4, (16,), 0.13),  # EDM, Table 7
+    "imagenet64": Config("adm", 64, 3, 1000, 192, (1, 2, 3, 4), 3, (32, 16, 8), 0.10),
+    "edm2-xs": Config("edm2", 64, 4, 1000, 128, (1, 2, 3, 4), 3, (16, 8)),
+    "edm2-s": Config("edm2", 64, 4, 1000, 192, (1, 2, 3, 4), 3, (16, 8)),
+    "edm2-m": Config("edm2", 64, 4, 1000, 256, (1, 2, 3, 4), 3, (16, 8), 0.10),
+    "edm2-l": Config("edm2", 64, 4, 1000, 320, (1, 2, 3, 4), 3, (16, 8), 0.10),
+    "edm2-xl": Config("edm2", 64, 4, 1000, 384, (1, 2, 3, 4), 3, (16, 8), 0.10),
+    "edm2-xxl": Config("edm2", 64, 4, 1000, 448, (1, 2, 3, 4), 3, (16, 8), 0.10),
+}
 
 
 def preconditioning(kind, sigma, sigma_data):
-    """c_skip, c_out, c_in, c_noise of D(x; sigma) = c_skip x + c_out F(c_in x, c_noise); EDM, Table 1."""
-    if kind == "edm":
-        total = (sigma**2 + sigma_data**2).sqrt()
-        return sigma_data**2 / total**2, sigma * sigma_data / total, 1 / total, sigma.log() / 4
+    """c_skip, c_out, c_in, c_noise of D = c_skip x + c_out F(c_in x, c_noise); EDM, Table 1."""
     one = torch.ones_like(sigma)
-    if kind == "vp":  # t(sigma) inverts the variance preserving schedule with beta_d = 19.9, beta_min = 0.1
+    if kind == "vp":  # t(sigma) inverts the schedule with beta_d = 19.9, beta_min = 0.1
         t = ((0.1**2 + 2 * 19.9 * (1 + sigma**2).log()).sqrt() - 0.1) / 19.9
         return one, -sigma, 1 / (sigma**2 + 1).sqrt(), 999 * t
     if kind == "ve":
         return one, sigma, one, (sigma / 2).log()
-    raise UserError(f"unknown preconditioning {kind!r}; known: edm, vp, ve")
+    total = (sigma**2 + sigma_data**2).sqrt()
+    return sigma_data**2 / total**2, sigma * sigma_data / total, 1 / total, sigma.log() / 4
 
 
-def one_hot(labels, label_dim, like):
-    """Labels [N] int64 as float32 [N, label_dim]; None is the all-zero row, which EDM uses for "no class"."""
-    if labels is None:
-        return like.new_zeros(len(like), label_dim)
-    return F.one_hot(labels, label_dim).to(like)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Pieces that the architectures share.
-
-
-def own_precision(x):
-    """Context in which operations run in the type of x, whatever autocast does to them.
-
-    On GPUs autocast computes norms and up-sampling in float32, and autograd then keeps float32 of them. The kernel of
-    GroupNorm takes its sums in float32 all the same, and repeating pixels has nothing to round.
-    """
-    return torch.autocast(x.device.type, enabled=False)
-
-
-def resample(x, mode, kernel=None):
-    """Halve ("down") or double ("up") the resolution of x; "keep" returns x.
-
-    kernel: the low-pass filter [1, 1, k, k] with sum one; None and k = 2 are the 2x2 box.
-    """
-    if mode == "keep":
-        return x
-    if kernel is None or kernel.shape[-1] == 2:  # plain averaging and plain repetition
-        with own_precision(x):
-            return F.avg_pool2d(x, 2) if mode == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
-    kernel, padding = kernel.expand(x.shape[1], 1, -1, -1), (kernel.shape[-1] - 1) // 2
-    if mode == "down":
-        return F.conv2d(x, kernel, stride=2, padding=padding, groups=x.shape[1])
-    return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=padding, groups=x.shape[1])
+# ---- Pieces that the architectures share -------------------------------------
 
 
 def filter_2d(taps):
@@ -146,77 +103,83 @@ def filter_2d(taps):
     return (taps[:, None] * taps[None, :] / taps.sum() ** 2)[None, None]
 
 
-def attention(qkv, heads, transform=lambda x: x):
-    """Self-attention over positions. qkv [N, 3C, H, W], channels laid out [head, channel, (q, k, v)] -> [N, C, H, W].
+def resample(x, mode, kernel=None):
+    """Halve ("down") or double ("up") the resolution of x with the filter `kernel` [1, 1, k, k]."""
+    if mode == "keep":
+        return x
+    if kernel is None or kernel.shape[-1] == 2:  # the 2x2 box
+        with torch.autocast(x.device.type, enabled=False):  # as in GroupNorm
+            return F.avg_pool2d(x, 2) if mode == "down" else F.interpolate(x, scale_factor=2.0)
+    channels, padding = x.shape[1], (kernel.shape[-1] - 1) // 2
+    kernel = kernel.expand(channels, 1, -1, -1)
+    if mode == "down":
+        return F.conv2d(x, kernel, stride=2, padding=padding, groups=channels)
+    return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=padding, groups=channels)
 
-    `transform` acts on [3, N, H W, heads, C / heads] (EDM2 normalises there). The one copy makes the channels of a head
-    neighbours in memory: without that the fused kernels refuse, and the full [H W, H W] matrix is computed and kept.
+
+def attention(qkv, heads, transform=lambda x: x):
+    """Self-attention over positions: qkv [N, 3C, H, W] -> [N, C, H, W].
+
+    The channels of qkv are laid out [head, channel, (q, k, v)], as in published checkpoints.
+    EDM2's `transform` normalises [3, N, H W, heads, C / heads] over the last dimension.
     """
     n, c, h, w = qkv.shape
+    # The copy puts the channels of a head side by side. Without it the fused kernels cannot be
+    # used, and the full [H W, H W] matrix is computed and kept.
     qkv = qkv.reshape(n, heads, -1, 3, h * w).permute(3, 0, 4, 1, 2).contiguous()
     q, k, v = transform(qkv).transpose(2, 3)  # each [N, heads, H W, C / heads]
     return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, c // 3, h, w)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# EDM: DDPM++, NCSN++ and ADM. One encoder and one U-Net; the architectures differ in the numbers below.
-
-_DDPMPP = dict(eps=1e-6, skip_scale=0.5**0.5, adaptive_scale=False, resample_proj=True, taps=(1, 1))
-_EDM_BLOCKS = {  # adaptive_scale: the embedding scales and shifts after norm1, instead of being added before it
-    "ddpmpp": _DDPMPP,
-    "ncsnpp": dict(_DDPMPP, taps=(1, 3, 3, 1)),
-    "adm": dict(eps=1e-5, skip_scale=1.0, adaptive_scale=True, resample_proj=False, taps=(1, 1)),
-}
-
-
-def initialise(module, architecture, gain=1.0):
-    """Start values of EDM: Xavier uniform times `gain` (DDPM++, NCSN++); PyTorch's own, or zero (ADM). Returns `module`.
-
-    ADM's Kaiming uniform times sqrt(1/3), for weights and biases, is what PyTorch's layers start with.
-    """
-    if architecture != "adm":
-        nn.init.xavier_uniform_(module.weight, gain=gain)
-    elif gain < 0.1:
-        nn.init.zeros_(module.weight)
-    if module.bias is not None and (architecture != "adm" or gain < 0.1):
-        nn.init.zeros_(module.bias)
-    return module
-
-
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm with at least 4 channels a group and at most 32 groups; its result has the type of its input."""
+    """At least 4 channels a group and at most 32 groups. The result has the dtype of the input."""
 
     def __init__(self, channels, eps):
-        groups = min(32, channels // 4)
-        if channels % groups:
-            raise UserError(f"{channels} channels do not divide into {groups} groups; choose model_channels as a multiple of 32")
-        super().__init__(groups, channels, eps)
+        super().__init__(min(32, channels // 4), channels, eps)
 
     def forward(self, x):
         if self.weight.requires_grad and not x.requires_grad:
-            x = x.contiguous()  # behind a frozen encoder, PyTorch 2.13 on the CPU ends in a crash with channels-last
-        with own_precision(x):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            x = x.contiguous()  # after a frozen encoder PyTorch 2.13 crashes: CPU, channels-last
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        # Autocast would return float32, and autograd would keep it; the sums are float32 anyway.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+# ---- EDM: layers and block of DDPM++, NCSN++ and ADM -------------------------
+
+
+def initialise(layer, config, gain=1.0):
+    """Set start values: Xavier uniform times `gain`, zero bias; in ADM PyTorch's own or zero."""
+    if config.architecture != "adm":
+        nn.init.xavier_uniform_(layer.weight, gain=gain)
+        nn.init.zeros_(layer.bias)
+    elif gain < 0.1:  # else Kaiming uniform times sqrt(1/3), which is what PyTorch draws
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 class Resample(nn.Module):
-    """Change of resolution without weights. The filter is a buffer because published checkpoints hold it."""
+    """Change of resolution without weights. Published checkpoints hold its filter."""
 
-    def __init__(self, mode, taps):
+    def __init__(self, mode):
         super().__init__()
         self.mode = mode
-        self.register_buffer("resample_filter", filter_2d(taps))
+        self.register_buffer("resample_filter", None if mode == "keep" else filter_2d((1, 1)))
 
     def forward(self, x):
         return resample(x, self.mode, self.resample_filter)
 
 
 class Conv2d(nn.Conv2d):
-    """Convolution, padded to keep the size, after a change of resolution ("up", "down" or "keep")."""
+    """Change of resolution ("keep": none), then a convolution that keeps the size."""
 
-    def __init__(self, in_channels, out_channels, kernel, mode="keep", taps=(1, 1)):
-        super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
+    def __init__(self, config, cin, cout, kernel, mode="keep", gain=1.0):
+        super().__init__(cin, cout, kernel, padding=kernel // 2)
+        initialise(self, config, gain)
         self.mode = mode
+        taps = (1, 3, 3, 1) if config.architecture == "ncsnpp" else (1, 1)
         self.register_buffer("resample_filter", None if mode == "keep" else filter_2d(taps))
 
     def forward(self, x):
@@ -224,79 +187,64 @@ class Conv2d(nn.Conv2d):
 
 
 class FusedDownConv2d(Conv2d):
-    """3x3 convolution followed by [1, 3, 3, 1] down-sampling, both padded at once: NCSN++'s auxiliary residual.
-
-    The convolution is not cropped to the image before the filter is applied, which changes the border pixels.
-    """
+    """3x3 convolution, then down-sampling (NCSN++). The padding of both comes first."""
 
     def forward(self, x):
         x = F.conv2d(x, self.weight, padding=2)
         kernel = self.resample_filter.expand(x.shape[1], 1, -1, -1)
-        return F.conv2d(x, kernel, stride=2, groups=x.shape[1]) + self.bias.to(x.dtype)[:, None, None]
+        x = F.conv2d(x, kernel, stride=2, groups=x.shape[1])
+        return x + self.bias.to(x.dtype)[:, None, None]
 
 
-class SinusoidalEmbedding(nn.Module):
-    """c_noise [N] -> [N, width]: sines and cosines at geometric frequencies, ordered as the architecture wants them."""
+class NoiseEmbedding(nn.Module):
+    """c_noise [N] -> [N, width]: sines and cosines at geometric (NCSN++: random) frequencies."""
 
-    def __init__(self, width, architecture):
+    def __init__(self, config, width):
         super().__init__()
-        self.half, self.adm = width // 2, architecture == "adm"
+        self.arch, self.half = config.architecture, width // 2
+        if self.arch == "ncsnpp":
+            self.register_buffer("freqs", torch.randn(self.half) * 16)
 
     def forward(self, c_noise):
-        exponent = torch.arange(self.half, dtype=torch.float32, device=c_noise.device)
-        exponent = exponent / (self.half if self.adm else self.half - 1)
-        angle = c_noise[:, None] * 10000**-exponent
-        pair = (angle.cos(), angle.sin()) if self.adm else (angle.sin(), angle.cos())
+        if self.arch == "ncsnpp":
+            frequencies = 2 * math.pi * self.freqs
+        else:
+            steps = self.half if self.arch == "adm" else self.half - 1
+            frequencies = 10000 ** -(torch.arange(self.half, device=c_noise.device) / steps)
+        angle = c_noise[:, None] * frequencies
+        pair = (angle.cos(), angle.sin()) if self.arch == "adm" else (angle.sin(), angle.cos())
         return torch.cat(pair, dim=1)
 
 
-class FourierEmbedding(nn.Module):
-    """c_noise [N] -> [N, width]: sines and cosines at random frequencies of standard deviation 16 (NCSN++)."""
+class EDMBlock(nn.Module):
+    """Residual block: x [N, cin, H, W], emb [N, 4 model_channels] -> [N, cout, H', W'].
 
-    def __init__(self, width):
-        super().__init__()
-        self.register_buffer("freqs", torch.randn(width // 2) * 16)
-
-    def forward(self, c_noise):
-        angle = c_noise[:, None] * (2 * math.pi * self.freqs)
-        return torch.cat((angle.sin(), angle.cos()), dim=1)
-
-
-class Block(nn.Module):
-    """Residual block of EDM's U-Nets with optional change of resolution and self-attention.
-
-    x [N, in_channels, H, W], emb [N, emb_channels] -> [N, out_channels, H', W'].
+    mode: "keep", "down" or "up", as in `resample`. `decoder` makes no difference.
     """
 
-    def __init__(self, config, in_channels, out_channels, mode="keep", attend=False):
+    def __init__(self, config, cin, cout, mode="keep", attend=False, decoder=False):
         super().__init__()
-        arch = config.architecture
-        kind = _EDM_BLOCKS[arch]
-        eps, taps = kind["eps"], kind["taps"]
-        self.dropout, self.skip_scale, self.adaptive_scale = config.dropout, kind["skip_scale"], kind["adaptive_scale"]
-        self.norm0 = GroupNorm(in_channels, eps)
-        self.conv0 = initialise(Conv2d(in_channels, out_channels, 3, mode, taps), arch)
-        self.affine = initialise(
-            nn.Linear(4 * config.model_channels, out_channels * (2 if self.adaptive_scale else 1)), arch
-        )
-        self.norm1 = GroupNorm(out_channels, eps)
-        self.conv1 = initialise(Conv2d(out_channels, out_channels, 3), arch, 1e-5)
-        self.skip = None
-        if in_channels != out_channels or (mode != "keep" and kind["resample_proj"]):
-            self.skip = initialise(Conv2d(in_channels, out_channels, 1, mode, taps), arch)
-        elif mode != "keep":
-            self.skip = Resample(mode, taps)
-        self.heads = (out_channels // 64 if arch == "adm" else 1) if attend else 0
-        if self.heads:  # none in ADM's narrowest networks
-            self.norm2 = GroupNorm(out_channels, eps)
-            self.qkv = initialise(Conv2d(out_channels, 3 * out_channels, 1), arch, 0.2**0.5)
-            self.proj = initialise(Conv2d(out_channels, out_channels, 1), arch, 1e-5)
+        self.adm, self.dropout = config.architecture == "adm", config.dropout
+        self.skip_scale = 1.0 if self.adm else 0.5**0.5  # keeps the variance of a sum
+        eps, width = 1e-5 if self.adm else 1e-6, 4 * config.model_channels
+        self.norm0 = GroupNorm(cin, eps)
+        self.conv0 = Conv2d(config, cin, cout, 3, mode)
+        self.affine = initialise(nn.Linear(width, 2 * cout if self.adm else cout), config)
+        self.norm1 = GroupNorm(cout, eps)
+        self.conv1 = Conv2d(config, cout, cout, 3, gain=1e-5)
+        project = cin != cout or (mode != "keep" and not self.adm)
+        self.skip = Conv2d(config, cin, cout, 1, mode) if project else Resample(mode)
+        self.heads = (cout // 64 if self.adm else 1) if attend else 0
+        if self.heads:  # ADM has none below 64 channels
+            self.norm2 = GroupNorm(cout, eps)
+            self.qkv = Conv2d(config, cout, 3 * cout, 1, gain=0.2**0.5)
+            self.proj = Conv2d(config, cout, cout, 1, gain=1e-5)
 
     def forward(self, x, emb):
-        shortcut = x if self.skip is None else self.skip(x)
+        shortcut = self.skip(x)
         params = self.affine(emb)[:, :, None, None]
         x = self.conv0(F.silu(self.norm0(x)))
-        if self.adaptive_scale:
+        if self.adm:  # scale and shift after the norm
             scale, shift = params.to(x.dtype).chunk(2, dim=1)
             x = F.silu(torch.addcmul(shift, self.norm1(x), scale + 1))
         else:
@@ -304,118 +252,12 @@ class Block(nn.Module):
         x = self.conv1(F.dropout(x, self.dropout, self.training))
         x = (shortcut + x) * self.skip_scale
         if self.heads:
-            x = (x + self.proj(attention(self.qkv(self.norm2(x)), self.heads))) * self.skip_scale
+            y = self.proj(attention(self.qkv(self.norm2(x)), self.heads))
+            x = (x + y) * self.skip_scale
         return x
 
 
-class Encoder(nn.Module):
-    """Noise-level and class embedding, and the encoder half of EDM's U-Nets."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        arch, width = config.architecture, config.model_channels
-        emb_channels, noise_channels = 4 * width, width * (2 if arch == "ncsnpp" else 1)
-        self.map_noise = FourierEmbedding(noise_channels) if arch == "ncsnpp" else SinusoidalEmbedding(noise_channels, arch)
-        if config.label_dim and arch == "adm":
-            self.map_label = nn.Linear(config.label_dim, emb_channels, bias=False)
-            nn.init.normal_(self.map_label.weight)
-        elif config.label_dim:
-            self.map_label = initialise(nn.Linear(config.label_dim, noise_channels), arch)
-        self.map_layer0 = initialise(nn.Linear(noise_channels, emb_channels), arch)
-        self.map_layer1 = initialise(nn.Linear(emb_channels, emb_channels), arch)
-
-        self.enc = nn.ModuleDict()
-        channels = width * config.channel_mult[0] if arch == "adm" else width
-        aux_channels = config.img_channels
-        self.skip_channels = []  # of the outputs that the decoder receives, in order
-        for level, mult in enumerate(config.channel_mult):
-            res = config.img_resolution >> level
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = initialise(Conv2d(config.img_channels, channels, 3), arch)
-            else:
-                self.enc[f"{res}x{res}_down"] = Block(config, channels, channels, mode="down")
-                if arch == "ncsnpp":
-                    self.enc[f"{res}x{res}_aux_residual"] = initialise(
-                        FusedDownConv2d(aux_channels, channels, 3, "down", _EDM_BLOCKS[arch]["taps"]), arch
-                    )
-                    aux_channels = channels
-            self.skip_channels.append(channels)
-            for i in range(config.num_blocks):
-                attend = res in config.attn_resolutions
-                self.enc[f"{res}x{res}_block{i}"] = Block(config, channels, width * mult, attend=attend)
-                channels = width * mult
-                self.skip_channels.append(channels)
-
-    def embed(self, c_noise, labels=None):
-        """c_noise [N], labels [N] or None -> embedding [N, 4 model_channels]."""
-        emb, label_dim = self.map_noise(c_noise), self.config.label_dim
-        label = one_hot(labels, label_dim, c_noise) if label_dim else None
-        if self.config.architecture == "adm":
-            emb = self.map_layer1(F.silu(self.map_layer0(emb)))
-            return F.silu(emb + self.map_label(label) if label_dim else emb)
-        if label_dim:
-            emb = emb + self.map_label(label * label_dim**0.5)
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
-
-    def encode(self, x, emb):
-        """x [N, C, H, W], already scaled by c_in -> the encoder's outputs, highest resolution first."""
-        skips, aux = [], x
-        for name, module in self.enc.items():
-            if name.endswith("aux_residual"):  # NCSN++: the pyramid of the input joins the last output
-                aux = skips[-1] = (skips[-1] + module(aux)) * 0.5**0.5
-            else:
-                x = module(skips[-1] if skips else x, emb) if isinstance(module, Block) else module(x)
-                skips.append(x)
-        return skips
-
-
-class UNet(Encoder):
-    """The encoder with EDM's decoder: F(c_in x, c_noise, labels) of the preconditioned denoiser."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        arch, levels = config.architecture, config.channel_mult
-        channels, skip_channels = self.skip_channels[-1], list(self.skip_channels)
-        self.dec = nn.ModuleDict()
-        for level in reversed(range(len(levels))):
-            res = config.img_resolution >> level
-            if level == len(levels) - 1:
-                self.dec[f"{res}x{res}_in0"] = Block(config, channels, channels, attend=True)
-                self.dec[f"{res}x{res}_in1"] = Block(config, channels, channels)
-            else:
-                self.dec[f"{res}x{res}_up"] = Block(config, channels, channels, mode="up")
-            for i in range(config.num_blocks + 1):
-                # ADM attends in every block of a level in the list, DDPM++ and NCSN++ in the last one.
-                attend = res in config.attn_resolutions and (arch == "adm" or i == config.num_blocks)
-                out_channels = config.model_channels * levels[level]
-                self.dec[f"{res}x{res}_block{i}"] = Block(config, channels + skip_channels.pop(), out_channels, attend=attend)
-                channels = out_channels
-        norm = GroupNorm(channels, _EDM_BLOCKS[arch]["eps"])
-        conv = initialise(Conv2d(channels, config.img_channels, 3), arch, 1e-5)
-        if arch == "adm":
-            self.out_norm, self.out_conv = norm, conv
-        else:
-            self.dec[f"{res}x{res}_aux_norm"], self.dec[f"{res}x{res}_aux_conv"] = norm, conv
-
-    def forward(self, x, c_noise, labels=None):
-        emb = self.embed(c_noise, labels)
-        skips = self.encode(x, emb)
-        x = skips[-1]
-        for name, module in self.dec.items():
-            if "_block" in name:
-                x = torch.cat([x, skips.pop()], dim=1)
-            if name.endswith("_aux_norm"):
-                x = F.silu(module(x))
-            elif name.endswith("_aux_conv"):
-                x = module(x)
-            else:
-                x = module(x, emb)
-        return self.out_conv(F.silu(self.out_norm(x))) if self.config.architecture == "adm" else x
-
-
-# ---------------------------------------------------------------------------------------------------------
-# EDM2: every layer preserves the magnitude of its input in expectation (arXiv 2312.02696, Section 2 and Appendix B).
+# ---- EDM2: layers and block, magnitude-preserving ("mp") ---------------------
 
 
 def mp_normalize(x, dims=None):
@@ -436,29 +278,28 @@ def mp_sum(a, b, t):
 
 
 def mp_cat(a, b):
-    """Concatenate over channels so that both inputs contribute alike; EDM2, Equation 103 with t = 1/2."""
+    """Concatenate over channels; both contribute equally. EDM2, Equation 103 with t = 1/2."""
     na, nb = a.shape[1], b.shape[1]
     scale = math.sqrt((na + nb) / 2)
     return torch.cat([a * (scale / math.sqrt(na)), b * (scale / math.sqrt(nb))], dim=1)
 
 
 class MPConv(nn.Module):
-    """Convolution (kernel 1 or 3) or linear layer (kernel 0) with unit-norm weights and no bias; EDM2, Equation 47.
+    """Convolution or linear layer (kernel 0), weights of unit norm, no bias; EDM2, Equation 47."""
 
-    While training, call `normalize_weights` after each optimiser step (forced weight normalisation).
-    """
-
-    def __init__(self, in_channels, out_channels, kernel):
+    def __init__(self, cin, cout, kernel):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *((kernel, kernel) if kernel else ())))
+        self.weight = nn.Parameter(torch.randn(cout, cin, *((kernel, kernel) if kernel else ())))
 
     def forward(self, x, gain=1.0):
         weight = mp_normalize(self.weight) * (gain / math.sqrt(self.weight[0].numel()))
-        return F.conv2d(x, weight, padding=weight.shape[-1] // 2) if weight.ndim == 4 else F.linear(x, weight)
+        if weight.ndim == 2:
+            return F.linear(x, weight)
+        return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
 
 class MPFourier(nn.Module):
-    """c_noise [N] -> [N, width]: cosines of random frequency and phase, of unit magnitude; EDM2, Equation 75."""
+    """c_noise [N] -> [N, width]: cosines of random frequency and phase; EDM2, Equation 75."""
 
     def __init__(self, width):
         super().__init__()
@@ -470,30 +311,30 @@ class MPFourier(nn.Module):
 
 
 class EDM2Block(nn.Module):
-    """Residual block of EDM2. x [N, in_channels, H, W], emb [N, emb_channels] -> [N, out_channels, H', W']."""
+    """Residual block of EDM2, called as `EDMBlock`; emb is as wide as the widest level."""
 
-    def __init__(self, config, in_channels, out_channels, decoder=False, mode="keep", attend=False):
+    def __init__(self, config, cin, cout, mode="keep", attend=False, decoder=False):
         super().__init__()
         self.decoder, self.mode, self.dropout = decoder, mode, config.dropout
-        self.heads = out_channels // 64 if attend else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
-        self.conv_res0 = MPConv(in_channels if decoder else out_channels, out_channels, 3)
-        self.emb_linear = MPConv(config.model_channels * max(config.channel_mult), out_channels, 0)
-        self.conv_res1 = MPConv(out_channels, out_channels, 3)
-        self.conv_skip = MPConv(in_channels, out_channels, 1) if in_channels != out_channels else None
-        self.attn_qkv = MPConv(out_channels, 3 * out_channels, 1) if self.heads else None
-        self.attn_proj = MPConv(out_channels, out_channels, 1) if self.heads else None
+        self.conv_res0 = MPConv(cin if decoder else cout, cout, 3)
+        self.emb_linear = MPConv(config.model_channels * max(config.channel_mult), cout, 0)
+        self.conv_res1 = MPConv(cout, cout, 3)
+        self.conv_skip = MPConv(cin, cout, 1) if cin != cout else nn.Identity()
+        self.heads = cout // 64 if attend else 0
+        if self.heads:
+            self.attn_qkv = MPConv(cout, 3 * cout, 1)
+            self.attn_proj = MPConv(cout, cout, 1)
 
     def forward(self, x, emb):
         x = resample(x, self.mode)
         if not self.decoder:
-            x = x if self.conv_skip is None else self.conv_skip(x)
-            x = mp_normalize(x, dims=[1])  # pixel norm: keeps the main path's magnitude in check
+            x = mp_normalize(self.conv_skip(x), dims=[1])  # pixel norm: the main path cannot grow
         y = self.conv_res0(mp_silu(x))
         scale = self.emb_linear(emb, gain=self.emb_gain) + 1
         y = mp_silu(y * scale[:, :, None, None].to(y.dtype))
         y = self.conv_res1(F.dropout(y, self.dropout, self.training))
-        if self.decoder and self.conv_skip is not None:
+        if self.decoder:
             x = self.conv_skip(x)
         x = mp_sum(x, y, 0.3)
         if self.heads:  # cosine attention
@@ -502,111 +343,169 @@ class EDM2Block(nn.Module):
         return x.clip(-256, 256)  # safe in float16
 
 
-class EDM2Encoder(nn.Module):
-    """Noise-level and class embedding, and the encoder half of EDM2's U-Net."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        widths = [config.model_channels * mult for mult in config.channel_mult]
-        self.emb_fourier = MPFourier(widths[0])
-        self.emb_noise = MPConv(widths[0], max(widths), 0)
-        self.emb_label = MPConv(config.label_dim, max(widths), 0) if config.label_dim else None
-        self.enc = nn.ModuleDict()
-        channels = config.img_channels + 1  # a channel of ones takes the place of biases
-        self.skip_channels = []
-        for level, width in enumerate(widths):
-            res = config.img_resolution >> level
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = MPConv(channels, width, 3)
-                channels = width
-            else:
-                self.enc[f"{res}x{res}_down"] = EDM2Block(config, channels, channels, mode="down")
-            self.skip_channels.append(channels)
-            for i in range(config.num_blocks):
-                attend = res in config.attn_resolutions
-                self.enc[f"{res}x{res}_block{i}"] = EDM2Block(config, channels, width, attend=attend)
-                channels = width
-                self.skip_channels.append(channels)
-
-    def embed(self, c_noise, labels=None):
-        """c_noise [N], labels [N] or None -> embedding [N, widest level]."""
-        emb = self.emb_noise(self.emb_fourier(c_noise))
-        if self.emb_label is not None:
-            label_dim = self.config.label_dim
-            label = one_hot(labels, label_dim, c_noise)
-            emb = mp_sum(emb, self.emb_label(label * math.sqrt(label_dim)), 0.5)
-        return mp_silu(emb)
-
-    def encode(self, x, emb):
-        """x [N, C, H, W], already scaled by c_in -> the encoder's outputs, highest resolution first."""
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        skips = []
-        for module in self.enc.values():
-            x = module(x, emb) if isinstance(module, EDM2Block) else module(x)
-            skips.append(x)
-        return skips
-
-
-class EDM2UNet(EDM2Encoder):
-    """The encoder with EDM2's decoder."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        levels, channels, skip_channels = config.channel_mult, self.skip_channels[-1], list(self.skip_channels)
-        self.dec = nn.ModuleDict()
-        for level in reversed(range(len(levels))):
-            res, width = config.img_resolution >> level, config.model_channels * levels[level]
-            if level == len(levels) - 1:
-                self.dec[f"{res}x{res}_in0"] = EDM2Block(config, channels, channels, decoder=True, attend=True)
-                self.dec[f"{res}x{res}_in1"] = EDM2Block(config, channels, channels, decoder=True)
-            else:
-                self.dec[f"{res}x{res}_up"] = EDM2Block(config, channels, channels, decoder=True, mode="up")
-            for i in range(config.num_blocks + 1):
-                attend = res in config.attn_resolutions
-                joined = channels + skip_channels.pop()
-                self.dec[f"{res}x{res}_block{i}"] = EDM2Block(config, joined, width, decoder=True, attend=attend)
-                channels = width
-        self.out_conv = MPConv(channels, config.img_channels, 3)
-        self.out_gain = nn.Parameter(torch.zeros([]))
-
-    def forward(self, x, c_noise, labels=None):
-        emb = self.embed(c_noise, labels)
-        skips = self.encode(x, emb)
-        x = skips[-1]
-        for name, block in self.dec.items():
-            x = block(mp_cat(x, skips.pop()) if "_block" in name else x, emb)
-        return self.out_conv(x, gain=self.out_gain)
-
-
 @torch.no_grad()
 def normalize_weights(net):
-    """Forced weight normalisation (EDM2, Equation 66): rewrite every `MPConv` weight normalised.
-
-    To be called after each optimiser step; without it the weights would grow and so the effective learning rate
-    shrink. Does nothing to the other architectures.
-    """
+    """Normalise EDM2's weights after an optimizer step (Equation 66); no effect on the others."""
     for module in net.modules():
         if isinstance(module, MPConv):
             module.weight.copy_(mp_normalize(module.weight))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The two networks of the method.
+# ---- The U-Net ---------------------------------------------------------------
+
+
+class UNet(nn.Module):
+    """F(c_in x, c_noise, labels) of the preconditioned denoiser, or only its encoder.
+
+    Encoder: each level has a down-sampling block (the first level a convolution) and `num_blocks`
+    blocks. Decoder: each level has an up-sampling block (the lowest resolution two blocks) and
+    `num_blocks` + 1 blocks; each of these also takes one output of the encoder, the last first.
+    """
+
+    def __init__(self, config, decoder=True):
+        super().__init__()
+        self.config = config
+        base, image, classes = config.model_channels, config.img_channels, config.label_dim
+        edm2, adm, ncsnpp = (config.architecture == name for name in ("edm2", "adm", "ncsnpp"))
+        self.edm2, self.adm = edm2, adm
+        levels = []  # name of the resolution, channels, whether blocks attend
+        for i, mult in enumerate(config.channel_mult):
+            res = config.img_resolution >> i
+            levels.append((f"{res}x{res}", base * mult, res in config.attn_resolutions))
+        top = levels[0][1]
+
+        # Embedding of noise level and class.
+        if edm2:
+            emb_width = base * max(config.channel_mult)
+            self.emb_fourier = MPFourier(top)
+            self.emb_noise = MPConv(top, emb_width, 0)
+            self.emb_label = MPConv(classes, emb_width, 0) if classes else None
+        else:
+            noise_width = 2 * base if ncsnpp else base
+            self.map_noise = NoiseEmbedding(config, noise_width)
+            if classes and adm:
+                self.map_label = nn.Linear(classes, 4 * base, bias=False)
+                nn.init.normal_(self.map_label.weight)
+            elif classes:
+                self.map_label = initialise(nn.Linear(classes, noise_width), config)
+            self.map_layer0 = initialise(nn.Linear(noise_width, 4 * base), config)
+            self.map_layer1 = initialise(nn.Linear(4 * base, 4 * base), config)
+
+        # Encoder.
+        block = functools.partial(EDM2Block if edm2 else EDMBlock, config)
+        channels, aux = top if edm2 or adm else base, image
+        # In EDM2 a channel of ones, added to the image, replaces biases.
+        first = MPConv(image + 1, channels, 3) if edm2 else Conv2d(config, image, channels, 3)
+        self.enc = nn.ModuleDict({f"{levels[0][0]}_conv": first})
+        skips = [channels]  # channels of the encoder's outputs
+        for level, (res, width, attend) in enumerate(levels):
+            if level > 0:
+                self.enc[f"{res}_down"] = block(channels, channels, mode="down")
+                skips.append(channels)
+            if level > 0 and ncsnpp:
+                self.enc[f"{res}_aux_residual"] = FusedDownConv2d(config, aux, channels, 3, "down")
+                aux = channels
+            for i in range(config.num_blocks):
+                self.enc[f"{res}_block{i}"] = block(channels, width, attend=attend)
+                channels = width
+                skips.append(channels)
+        if not decoder:
+            return
+
+        # Decoder.
+        block = functools.partial(block, decoder=True)
+        self.dec = nn.ModuleDict()
+        for res, width, attend in reversed(levels):
+            if not self.dec:
+                self.dec[f"{res}_in0"] = block(channels, channels, attend=True)
+                self.dec[f"{res}_in1"] = block(channels, channels)
+            else:
+                self.dec[f"{res}_up"] = block(channels, channels, mode="up")
+            for i in range(config.num_blocks + 1):  # DDPM++ and NCSN++ attend only in the last
+                here = attend and (edm2 or adm or i == config.num_blocks)
+                self.dec[f"{res}_block{i}"] = block(channels + skips.pop(), width, attend=here)
+                channels = width
+
+        # Last layers.
+        if edm2:
+            self.out_conv = MPConv(channels, image, 3)
+            self.out_gain = nn.Parameter(torch.zeros([]))
+            return
+        norm = GroupNorm(channels, 1e-5 if adm else 1e-6)
+        conv = Conv2d(config, channels, image, 3, gain=1e-5)
+        if adm:
+            self.out_norm, self.out_conv = norm, conv
+        else:  # the names in published checkpoints
+            self.dec[f"{res}_aux_norm"], self.dec[f"{res}_aux_conv"] = norm, conv
+
+    def embed(self, c_noise, labels):
+        """c_noise [N], labels [N] or None (no class: a zero vector) -> embedding [N, width]."""
+        classes = self.config.label_dim
+        label = c_noise.new_zeros(len(c_noise), classes)
+        if classes and labels is not None:
+            label = F.one_hot(labels, classes).to(c_noise)
+        if self.edm2:
+            emb = self.emb_noise(self.emb_fourier(c_noise))
+            if classes:
+                emb = mp_sum(emb, self.emb_label(label * math.sqrt(classes)), 0.5)
+            return mp_silu(emb)
+        emb = self.map_noise(c_noise)
+        if classes and not self.adm:
+            emb = emb + self.map_label(label * math.sqrt(classes))
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        if classes and self.adm:
+            emb = emb + self.map_label(label)
+        return F.silu(emb)
+
+    def encode(self, x, emb):
+        """c_in x [N, C, H, W] and the embedding -> the encoder's outputs, first to last."""
+        outputs, aux = [], x
+        if self.edm2:
+            x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        for name, module in self.enc.items():
+            if name.endswith("_conv"):
+                outputs.append(module(x))
+            elif name.endswith("_aux_residual"):  # NCSN++: add the down-sampled input
+                aux = outputs[-1] = (outputs[-1] + module(aux)) * 0.5**0.5
+            else:
+                outputs.append(module(outputs[-1], emb))
+        return outputs
+
+    def forward(self, x, c_noise, labels=None):
+        """x [N, C, H, W], c_noise [N], labels [N] or None -> [N, C, H, W]."""
+        emb = self.embed(c_noise, labels)
+        skips = self.encode(x, emb)
+        x = skips[-1]
+        for name, block in self.dec.items():
+            if "_block" in name:
+                skip = skips.pop()
+                x = mp_cat(x, skip) if self.edm2 else torch.cat([x, skip], dim=1)
+            if "_aux_" not in name:  # these are the last layers
+                x = block(x, emb)
+        if self.edm2:
+            return self.out_conv(x, gain=self.out_gain)
+        norm, conv = (self.out_norm, self.out_conv) if self.adm else [*self.dec.values()][-2:]
+        return conv(F.silu(norm(x)))
+
+    def features(self, x, sigma, labels=None):
+        """The encoder's last output for x at noise level sigma, [N, C', H', W']."""
+        config, sigma = self.config, sigma.float()
+        _, _, c_in, c_noise = preconditioning(config.preconditioning, sigma, config.sigma_data)
+        x = c_in[:, None, None, None] * x.float().contiguous()
+        return self.encode(x, self.embed(c_noise, labels))[-1]
+
+
+# ---- The two networks of the method ------------------------------------------
 
 
 class Denoiser(nn.Module):
-    """The preconditioned denoiser D(x; sigma) of EDM, Equation 7; at a fixed sigma, a one-step generator.
-
-    `net(x, sigma, labels)` with x [N, C, H, W] float32, sigma [N], labels [N] int64 or None returns the denoised x,
-    [N, C, H, W] float32.
-    """
+    """The preconditioned denoiser D(x; sigma), EDM, Equation 7; at fixed sigma, a generator."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        if config.architecture == "edm2":  # attribute names as in the published checkpoints
-            self.unet = EDM2UNet(config)
+        if config.architecture == "edm2":  # attributes have the names of published checkpoints
+            self.unet = UNet(config)
             self.logvar_fourier = MPFourier(128)
             self.logvar_linear = MPConv(128, 1, 0)
         else:
@@ -617,36 +516,36 @@ class Denoiser(nn.Module):
         return self.unet if self.config.architecture == "edm2" else self.model
 
     def forward(self, x, sigma, labels=None):
-        x = x.float().contiguous()  # the memory format is that of the weights, not that of the images
+        """Noised images x [N, C, H, W], sigma [N], labels [N] or None -> denoised, as x."""
+        x = x.float().contiguous()  # the weights decide the memory format, not the images
         c_skip, c_out, c_in, c_noise = preconditioning(
             self.config.preconditioning, sigma.float()[:, None, None, None], self.config.sigma_data
         )
         return c_skip * x + c_out * self.backbone(c_in * x, c_noise.flatten(), labels).float()
 
     def features(self, x, sigma, labels=None):
-        """The encoder's last activation, [N, C', H', W']."""
-        return _encode(self.backbone, self.config, x, sigma, labels)
+        """The encoder's last output, [N, C', H', W']."""
+        return self.backbone.features(x, sigma, labels)
 
     def logvar(self, sigma):
-        """EDM2's learned log variance u(sigma) of the denoising error, [N]; arXiv 2312.02696, Equation 21."""
+        """EDM2's learned log variance u(sigma) of the denoising error, [N]; EDM2, Equation 21."""
         c_noise = preconditioning(self.config.preconditioning, sigma, self.config.sigma_data)[3]
         return self.logvar_linear(self.logvar_fourier(c_noise)).flatten().float()
 
 
 class RatioNetwork(nn.Module):
-    """The logit h(x, sigma) = log p_sigma(x) / q_sigma(x): data density over generator density at noise level sigma.
+    """The logit h(x, sigma) = log p_sigma(x) / q_sigma(x): data density over generator density.
 
-    An encoder as the denoiser's, with its preconditioning and its noise-level and class conditioning, then GroupNorm,
-    SiLU, the mean over positions and one linear layer that starts at zero. sigmoid(h) is the probability that x is
-    noised data rather than a noised sample. (The paper, arXiv 2502.08005, says "U-Net encoder + sigmoid" and leaves
-    the head open: this one is our choice.)
+    sigmoid(h) is the probability that x is noised data rather than a noised sample. The denoiser's
+    encoder, GroupNorm, SiLU, the mean over positions and a linear layer that starts at zero. (The
+    paper, arXiv 2502.08005, says "U-Net encoder + sigmoid"; the head is our choice.)
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoder = EDM2Encoder(config) if config.architecture == "edm2" else Encoder(config)
-        channels = self.encoder.skip_channels[-1]
+        self.encoder = UNet(config, decoder=False)
+        channels = config.model_channels * config.channel_mult[-1]
         self.norm = GroupNorm(channels, 1e-5)
         self.head = nn.Linear(channels, 1)
         nn.init.zeros_(self.head.weight)
@@ -654,48 +553,41 @@ class RatioNetwork(nn.Module):
 
     def forward(self, x, sigma, labels=None):
         """x [N, C, H, W] noised images, sigma [N] -> logits [N] float32."""
-        x = _encode(self.encoder, self.config, x, sigma, labels)
+        x = self.encoder.features(x, sigma, labels)
         return self.head(F.silu(self.norm(x)).float().mean(dim=(2, 3))).flatten().float()
 
     def load_encoder(self, denoiser):
         """Start the encoder from the weights of a pre-trained `Denoiser`."""
-        mine = self.encoder.state_dict()
-        self.encoder.load_state_dict({k: v for k, v in denoiser.backbone.state_dict().items() if k in mine})
+        mine, theirs = self.encoder.state_dict(), denoiser.backbone.state_dict()
+        self.encoder.load_state_dict({k: v for k, v in theirs.items() if k in mine})
 
 
-def _encode(encoder, config, x, sigma, labels):
-    x, sigma = x.float().contiguous(), sigma.float()
-    _, _, c_in, c_noise = preconditioning(config.preconditioning, sigma, config.sigma_data)
-    return encoder.encode(c_in[:, None, None, None] * x, encoder.embed(c_noise, labels))[-1]
+# ---- Placing, averaging, counting --------------------------------------------
 
 
 def memory_format(config, device_type, compiled=False):
-    """The memory format in which a network of this configuration is fastest.
+    """The memory format in which a network of this configuration is fastest: channels-last.
 
-    Convolutions like channels-last best. But the GPU's kernel of GroupNorm knows NCHW only, so activations would be copied
-    before and behind each norm, forward and backward; EDM2 has no norms, and the compiler writes norms of its own.
+    But GroupNorm's GPU kernel takes only NCHW, so activations would be copied before and after each
+    norm. EDM2 has no norms, and the compiler writes its own.
     """
     channels_last = compiled or device_type == "cpu" or config.architecture == "edm2"
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def place(net, device, compiled=False):
-    """Move `net` to `device` in its best memory format, and compile it if asked; returns it.
-
-    Each shape is compiled as it is (dynamic=False): training has one or two batch sizes, again and again.
-    """
+    """Move `net` to `device` in its best memory format, compile it if asked, and return it."""
     net.to(device, memory_format=memory_format(net.config, device.type, compiled))
     if compiled:
-        net.compile(dynamic=False)
+        net.compile(dynamic=False)  # each shape separately: training has one or two
     return net
 
 
 @torch.no_grad()
 def update_ema(ema, net, batch, halflife, nimg=math.inf):
-    """Move the weights `ema` towards `net` so that the past fades by half every `halflife` images; one foreach call.
+    """Update `ema`, the exponential moving average of the weights, after a step of `batch` images.
 
-    After `nimg` images the half-life is at most 5 % of them: at the start, when the weights are still far off, the average
-    forgets faster (as EDM trains).
+    halflife: in images, at most 5 % of the `nimg` seen so far (as EDM); early weights soon fade.
     """
     beta = 0.5 ** (batch / max(min(halflife, 0.05 * nimg), 1e-8))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
