@@ -10,6 +10,7 @@ again resumes the run.
     torchrun --nproc-per-node 8 pretrain.py --preset cifar10
 """
 
+import machinery  # before PyTorch: how its threads wait
 import copy
 import dataclasses
 
@@ -112,7 +113,8 @@ def main():
     networks.place(net, rt.device, args.compile)
     optimizer = training.Optimizer(net, rt, (0.9, args.beta2))
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    ema.about = {"role": "denoiser"}
+    ema.about = dict(role="denoiser", data=args.data,
+                     class_frequencies=dataset.class_frequencies())
     run = training.Run(args, rt, "stage 1", net=net, ema=ema, optimizer=optimizer)
     run.print_start(net.config.architecture, dataset, net)
     batches = data.Batches(dataset, rt, args.seed, run.nimg)
@@ -121,8 +123,7 @@ def main():
         return [denoising_loss(net, *inputs)]
 
     def write_network():
-        checkpoints.save_network(run.dir / "network.pt", ema, role="denoiser", nimg=run.nimg,
-                                 data=args.data)
+        checkpoints.save_network(run.dir / "network.pt", ema, nimg=run.nimg, **ema.about)
 
     while run.unfinished():
         # A batch, its noise levels and its noise; one step of the denoiser.

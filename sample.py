@@ -12,6 +12,8 @@ samples.npz`: array `arr_0`, uint8, N x H x W x C, the format of the ADM evaluat
     python sample.py --ratio assets/digits-ratio.pt --candidates 4 --out chosen.png
 """
 
+import machinery  # before PyTorch: how its threads wait
+import hashlib
 import math
 from pathlib import Path
 
@@ -74,31 +76,43 @@ def generate(net, z, labels=None, steps=18):
     return heun(net, z, labels, steps)
 
 
-def inputs(config, indices, seed, device, label=None, candidate=0):
+def random_state(*key):
+    """A NumPy generator whose stream depends on `key` alone, on 128 bits of its hash.
+
+    PyTorch's CPU generator takes 32 bits of a seed: two of 50,000 images often share their noise.
+    The streams of RandomState never change (NEP 19).
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return np.random.RandomState(np.random.Philox(key=int.from_bytes(digest[:16], "big")))
+
+
+def inputs(net, indices, seed, device, label=None, candidate=0):
     """(z [n, C, H, W] standard normal, labels [n] or None) of the images with these indices.
 
     Each image has random numbers of its own, so image i of a seed is the same in any batch and on
-    any device. label: the class of all, "each" for the classes in turn, None for random classes.
-    `candidate` numbers further draws of the same image, of the same class.
+    any device. label: the class of all, "each" for the classes in turn, None for random ones, as
+    frequent as in the training data. `candidate` numbers further draws of the same image and class.
     """
+    config, classes = net.config, net.config.label_dim
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
-    rng = training.rng
-    z = [torch.randn(shape, generator=rng("cpu", seed, i, candidate, "z")) for i in indices]
-    z, classes = torch.stack(z).to(device), config.label_dim
+    z = np.stack([random_state(seed, i, candidate, "z").standard_normal(shape) for i in indices])
+    z = torch.from_numpy(z).float().to(device)
     if not classes:
         return z, None
+    counts = np.array(net.about.get("class_frequencies") or [1] * classes)
     if label is None:
-        draws = (rng("cpu", seed, i, "class") for i in indices)
-        labels = [torch.randint(classes, [], generator=draw).item() for draw in draws]
+        draws = [random_state(seed, i, "class").random_sample() for i in indices]
+        labels = np.searchsorted(counts.cumsum() / counts.sum(), draws, side="right")
     else:
-        labels = [i % classes if label == "each" else label for i in indices]
-    return z, torch.tensor(labels, device=device)
+        seen = counts.nonzero()[0]
+        labels = [seen[i % len(seen)] if label == "each" else label for i in indices]
+    return z, torch.tensor(np.array(labels, np.int64), device=device)
 
 
 def in_batches(net, indices, seed, device, batch, label=None, steps=18):
     """Iterate over (images [n, C, H, W], labels [n] or None) of the samples with these indices."""
     for i in range(0, len(indices), batch):
-        z, labels = inputs(net.config, indices[i : i + batch], seed, device, label)
+        z, labels = inputs(net, indices[i : i + batch], seed, device, label)
         yield generate(net, z, labels, steps), labels
 
 
@@ -108,10 +122,10 @@ def pick(h, indices, seed):
     Candidate k is kept with probability proportional to exp(h_k). The chance depends on the seed
     and the image's index alone. The effective sample size is 1 to K.
     """
-    weights = h.softmax(dim=1)
-    kept = [w.multinomial(1, generator=training.rng("cpu", seed, i, "choice"))
-            for i, w in zip(indices, weights.cpu())]
-    return torch.cat(kept).to(h.device), 1 / weights.square().sum(dim=1)
+    weights = h.double().softmax(dim=1)
+    draws = [random_state(seed, i, "choice").random_sample() for i in indices]
+    kept = torch.searchsorted(weights.cumsum(dim=1), weights.new_tensor(draws)[:, None])[:, 0]
+    return kept.clamp(max=h.shape[1] - 1), 1 / weights.square().sum(dim=1)
 
 
 @torch.no_grad()
@@ -124,9 +138,9 @@ def choose(net, ratio, indices, seed, device, candidates, sigma, label=None, ste
     """
     images, logits = [], []
     for k in range(candidates):
-        z, labels = inputs(net.config, indices, seed, device, label, k)
+        z, labels = inputs(net, indices, seed, device, label, k)
         images.append(generate(net, z, labels, steps))
-        eps, _ = inputs(net.config, indices, seed, device, candidate=-1 - k)
+        eps, _ = inputs(net, indices, seed, device, candidate=-1 - k)
         level = torch.full((len(z),), sigma, device=device)
         logits.append(ratio(images[-1] + sigma * eps, level, labels))
     kept, size = pick(torch.stack(logits, dim=1), indices, seed)
@@ -141,7 +155,7 @@ def preview(net, run, seed):
     n = min(64, run.nimg // 100)
     if not n or not run.rt.is_main:
         return
-    z, labels = inputs(net.config, range(n), seed, run.rt.device)
+    z, labels = inputs(net, range(n), seed, run.rt.device)
     with run.rt.autocast():
         images = data.to_uint8(generate(net, z, labels)[:, :3])
     path = run.dir / f"samples-{run.nimg // 1000:06d}.png"
@@ -219,7 +233,8 @@ def main():
     net = checkpoints.load_network(args.network)
     role, config = net.about["role"], net.config
     if args.one_step and role == "denoiser":  # as stage 2 finds it
-        role, net.about = "generator", {"role": "generator", "t_init": args.one_step}
+        role = "generator"
+        net.about |= {"role": role, "t_init": args.one_step}
     elif args.one_step:
         raise UserError(f"--one-step is for networks of stage 1; {args.network} holds a {role}")
     if role == "ratio":
@@ -248,7 +263,7 @@ def main():
         for i in range(0, args.n, args.batch):
             indices = range(i, min(i + args.batch, args.n))
             if not ratio:
-                z, labels = inputs(config, indices, args.seed, rt.device, label)
+                z, labels = inputs(net, indices, args.seed, rt.device, label)
                 x = generate(net, z, labels, args.steps)
             else:
                 x, labels, size = choose(net, ratio, indices, args.seed, rt.device, args.candidates,

@@ -14,6 +14,7 @@ checkpoint.pt, log.jsonl and sample grids. The same command again resumes the ru
     torchrun --nproc-per-node 8 train_diffratio.py --preset cifar10
 """
 
+import machinery  # before PyTorch: how its threads wait
 import copy
 import dataclasses
 import functools
@@ -157,7 +158,8 @@ def main():
     train_generator = training.Optimizer(generator, rt, (args.beta1, args.beta2))
     train_ratio = training.Optimizer(ratio, rt, (args.beta1, args.beta2))
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
-    ema.about = {"role": "generator", "t_init": args.t_init}
+    ema.about = dict(role="generator", t_init=args.t_init, divergence=args.divergence,
+                     data=args.data, class_frequencies=dataset.class_frequencies())
     run = training.Run(args, rt, "stage 2", generator=generator, ratio=ratio, ema=ema,
                        train_generator=train_generator, train_ratio=train_ratio)
     run.print_start(args.divergence, dataset, generator, ratio)
@@ -172,9 +174,10 @@ def main():
         return [generator_loss(ratio, fake, sigma, eps, args.divergence, labels)]
 
     def write_networks(suffix="", **about):
-        about |= dict(nimg=run.nimg, data=args.data, divergence=args.divergence, t_init=args.t_init)
-        for role, net, name in (("generator", ema, "network"), ("ratio", ratio, "ratio")):
-            checkpoints.save_network(run.dir / f"{name}{suffix}.pt", net, role=role, **about)
+        about = {**ema.about, "nimg": run.nimg, **about}
+        checkpoints.save_network(run.dir / f"network{suffix}.pt", ema, **about)
+        about["role"] = "ratio"
+        checkpoints.save_network(run.dir / f"ratio{suffix}.pt", ratio, **about)
 
     log_fid = fid.training_fid(args, dataset, run, ema, write_networks)
     while run.unfinished():

@@ -290,36 +290,29 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, doc, settings={}):
-        super().__init__(description=doc, formatter_class=_Help, allow_abbrev=False)
+        plain = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=plain, allow_abbrev=False)
         for flag, (default, text, *kind) in settings.items():
             kind = kind[0] if kind else type(default)
+            how = {"type": positive(kind) if kind in (int, float) else kind, "metavar": "X"}
             if kind is bool:
                 how = {"action": argparse.BooleanOptionalAction}
             elif isinstance(kind, list):
                 how = {"choices": kind}
-            else:
-                kind = positive(kind) if kind in (int, float) else kind
-                how = {"type": kind, "metavar": "NAME" if kind is str else "X"}
-            self.add_argument(f"--{flag.replace('_', '-')}", default=default, help=text, **how)
+            how["help"] = text if "default" in text else text + " (default: %(default)s)"
+            self.add_argument(f"--{flag.replace('_', '-')}", default=default, **how)
 
     def error(self, message):
         raise UserError(f"{message}; --help explains all flags")
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        told = action.default is None or "default" in action.help
-        return action.help if told else super()._get_help_string(action)
 
 
 def number(name, kind, low, high=math.inf):
     """An argparse type: a number in [low, high). `name` is for the error message."""
 
     def parse(text):
-        value = kind(text)
-        if not low <= value < high:
+        if not low <= kind(text) < high:
             raise ValueError
-        return value
+        return kind(text)
 
     parse.__name__ = name
     return parse
@@ -375,7 +368,7 @@ def arguments(doc, settings, presets):
 
 
 # -------------------------------------------------------------------------------------------------
-# A training run and its folder.
+# A training run.
 
 FREE_FLAGS = {  # may change when a run is resumed: they do not decide what a step computes
     "preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg",
@@ -385,12 +378,11 @@ FORMAT = 2  # of checkpoint.pt
 
 
 class Run:
-    """A training run: its folder, how far it is, its checkpoint, its log, what is due.
+    """A training run and its folder: checkpoint, log, what is due.
 
     `parts` {name: network or optimizer} is what a checkpoint holds, the averaged weights as "ema".
-    If the folder holds a checkpoint, they are restored: the same command again continues the run.
-    Other settings and a second process in the same folder are refused. After a signal all ranks
-    stop at the same step, at `save`.
+    A checkpoint in the folder is resumed. Other settings and a second process are refused. After a
+    signal all ranks stop at the same step, at `save`.
     """
 
     def __init__(self, args, rt, stage, **parts):
@@ -419,12 +411,11 @@ class Run:
         self.last = time.monotonic(), self.nimg
 
     def print_start(self, what, dataset, *nets):
-        """Say what is trained, on which data and where."""
+        """Print what is trained, on which data and where."""
         rt, sizes = self.rt, [f"{networks.parameter_count(net) / 1e6:.2f}" for net in nets]
-        labels = "no labels" if dataset.labels is None else "labels not used (--cond)"
-        if classes := nets[0].config.label_dim:
-            named = f": {', '.join(dataset.classes[:10])}" if dataset.classes else ""
-            labels = f"{classes} classes{named}"
+        labels = "labels not used (--cond)" if dataset.label_dim else "no labels"
+        if nets[0].config.label_dim:
+            labels = " ".join([f"{dataset.label_dim} classes", *(dataset.classes or [])[:10]])
         rt.print(f"{self.stage}: {what}, {' + '.join(sizes)} M parameters, {dataset.name} "
                  f"({len(dataset)} images, {labels}), {rt.world_size} x {rt.device.type}, "
                  f"{rt.precision}, batch {rt.batch} in parts of {rt.micro_batch}")
@@ -573,10 +564,10 @@ def band_sums(sigma, h_real, h_fake):
 def stage2_line(sums, images):
     """(record, text) for the log: means over the images since the line before.
 
-    generator_loss: of the divergence; it says that the run is alive, not how good the samples are.
-    ratio_loss: binary cross-entropy; ln 2 = 0.693 where data and samples cannot be told apart.
-    ratio_accuracy: 0.5 is chance; far above it at small sigma, late in a run on few images, the
-    ratio network has memorised them. bands: the same by noise level, and the logit h.
+    generator_loss: the divergence's; it says that the run is alive, not how good the samples are.
+    ratio_loss: ln 2 = 0.693 where data and samples cannot be told apart; ratio_accuracy: 0.5 there.
+    bands: the same by noise level, and mean and deviation of the logit h. High accuracy at small
+    sigma, late in a run on few images: the ratio network has memorised them.
     """
     names = [f"<{BANDS[0]}", *(f"{a}-{b}" for a, b in zip(BANDS, BANDS[1:])), f">{BANDS[-1]}"]
     bands = {}

@@ -107,7 +107,7 @@ def test_candidates_are_drawn_with_as_many_steps_as_asked(stage1):
     ratio = networks.RatioNetwork(net.config).eval()
     chosen, _, _ = sample.choose(net, ratio, range(2), 0, "cpu", 1, 0.1, steps=3)
     with torch.no_grad():
-        assert torch.equal(chosen, sample.generate(net, *sample.inputs(net.config, range(2), 0, "cpu"), 3))
+        assert torch.equal(chosen, sample.generate(net, *sample.inputs(net, range(2), 0, "cpu"), 3))
 
 
 def test_more_ratio_steps_and_random_starts_run(call, stage1, tmp_path):
@@ -264,7 +264,7 @@ def test_one_step_from_stage_1_is_the_generator_that_stage_2_starts_from(call, r
     call(sample, "--network", stage1 / "network.pt", "--one-step", "1.5", "--n", "4", "--out", tmp_path / "a.npz")
     net = checkpoints.load_network(stage1 / "network.pt")
     with torch.no_grad():
-        images = sample.one_step(net, sample.inputs(net.config, range(4), 0, "cpu")[0], None, 1.5)
+        images = sample.one_step(net, sample.inputs(net, range(4), 0, "cpu")[0], None, 1.5)
     found = np.load(tmp_path / "a.npz")["arr_0"].astype(int)
     assert np.abs(found - data.to_uint8(images)).max() <= 1  # channels-last or not, float32 sums round differently
     checkpoints.save_network(tmp_path / "g.pt", net, role="generator", t_init=2.5)
