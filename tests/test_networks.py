@@ -45,6 +45,13 @@ def test_sizes_are_the_published_ones_and_the_ratio_network_has_a_third(config, 
         assert parameter_count(RatioNetwork(config)) / count == pytest.approx(share, abs=0.001)
 
 
+def test_ddpmpp_attends_in_the_published_blocks():
+    with torch.device("meta"):
+        names = Denoiser(NETWORKS["cifar10"]).state_dict()
+    blocks = [f"enc.16x16_block{i}" for i in range(4)] + ["dec.8x8_in0", "dec.16x16_block4"]
+    assert [name for name in names if "qkv.w" in name] == [f"model.{b}.qkv.weight" for b in blocks]
+
+
 @pytest.mark.parametrize("label_dim", [0, 5])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_shapes_and_conditioning(architecture, label_dim):
