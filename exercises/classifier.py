@@ -1,12 +1,9 @@
-"""A small classifier of the labels: a second pair of eyes on the samples, which no stage of the training has seen.
+"""A small classifier of the labels, for measures that do not depend on the networks that were trained.
 
-A distance in the features of stage 1 judges a generator with the network that it came from. This classifier knows only
-images and labels; its last hidden layer gives features for the same distances (`extractor`), its predictions the share of
+A distance in the features of stage 1 judges a generator by the network from which it started. This classifier knows only
+images and labels. Its last hidden layer gives features for the same distances (`extractor`), its predictions the share of
 each class and, with `--cond`, how often a sample is of the class that was asked for. It is trained in seconds to a minute
 and kept in the cache folder.
-
-    python exercises/classifier.py digits
-    python exercises/classifier.py fashion-mnist
 """
 
 import hashlib
@@ -18,12 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from machinery import data  # noqa: E402
 import fid  # noqa: E402
-from machinery import files  # noqa: E402
-from machinery import training  # noqa: E402
+from machinery import data, files, training  # noqa: E402
 
-VERSION = 2  # of what follows: whoever changes the network or its training changes it, and the cached weights are left
+VERSION = 2  # of the cached weights; raise it when the network or its training changes
 
 
 class Classifier(nn.Module):
@@ -47,7 +42,7 @@ class Classifier(nn.Module):
 
 
 def train(dataset, images, seed=0, batch=100):
-    """A `Classifier` of `dataset`, trained on so many images with AdamW, the rate falling to zero along half a cosine."""
+    """A `Classifier` of `dataset`, trained on so many images with AdamW; the rate falls to zero as half a cosine."""
     torch.manual_seed(training.seed_of(seed, "classifier"))
     net = Classifier(dataset.channels, dataset.resolution, dataset.label_dim).train()
     steps = images // batch
@@ -96,25 +91,3 @@ def extractor(net, dataset):
     tag = f"classifier sha256:{hashlib.sha256(weights).hexdigest()[:16]}"
     shape = dataset.images.shape[1:]
     return fid.Extractor(f"the classifier of {dataset.name}", tag, net.hidden.out_features, shape, torch.device("cpu"), function)
-
-
-def main():
-    parser = training.Parser(__doc__)
-    parser.add_argument("data", metavar="NAME|PATH", help="a data set with labels")
-    args = parser.parse_args()
-    dataset = data.load(args.data)
-    net = load(dataset)
-    print(f"{args.data}: {100 * (predict(net, dataset.images) == dataset.labels).mean():.1f} % of what it was trained on")
-    if args.data == "digits":  # there is no test set: another one, trained on the first 1500
-        first = data.Dataset("the first 1500 digits", dataset.images[:1500], dataset.labels[:1500])
-        right = predict(load(first), dataset.images[1500:]) == dataset.labels[1500:]
-    elif args.data == "fashion-mnist":
-        test = data.load("fashion-mnist:test")
-        right = predict(net, test.images) == test.labels
-    else:
-        return
-    print(f"{args.data}: {100 * right.mean():.1f} % of {len(right)} images that it has not seen")
-
-
-if __name__ == "__main__":
-    training.run(main)

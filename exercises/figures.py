@@ -2,8 +2,8 @@
 
     python exercises/figures.py order             assets/exercises/order.png
 
-The curves come from exercises/results/runs.jsonl, the samples from the runs of seed 0 in runs/exercises/runs: those that are not
-there are left out. Of `teacher` the curves are over time. Needs matplotlib: `pip install -r requirements-exercises.txt`, or `make exercises`.
+The curves come from exercises/results/runs.jsonl, the samples from the runs of seed 0 in runs/exercises/runs, if they are
+there. The curves of `teacher` are over time. Needs matplotlib (`make exercises`).
 """
 
 import json
@@ -14,12 +14,10 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from machinery import checkpoints  # noqa: E402
-from machinery import data  # noqa: E402
 import plane  # noqa: E402
 import run  # noqa: E402
-from machinery import training  # noqa: E402
 import sample  # noqa: E402
+from machinery import checkpoints, data, training  # noqa: E402
 from machinery.files import UserError, atomic  # noqa: E402
 
 COLUMNS = 12  # samples of a row in the picture
@@ -48,7 +46,8 @@ def draw(exercise, results, path):
     found = run.results(results)
     curves = {name: [line["curve"] for (key, _), line in found.items() if key == rows[name]] for name in rows}
     if not any(curves.values()):
-        raise UserError(f"nothing of {exercise} is measured yet; run `python exercises/run.py {exercise}` first")
+        raise UserError(f"{results} holds no results of {exercise}; "
+                        f"`python exercises/run.py {exercise} --results {results}` trains and measures")
     grids = {name: samples(run.folder_of(*run.row_of(exercise, name), 0, results)) for name in rows}
     shown = {name: grid for name, grid in grids.items() if grid is not None}
     seconds = iteration_seconds() if exercise == "teacher" else {}
@@ -61,7 +60,7 @@ def draw(exercise, results, path):
             values = np.array(seeds)[:, :, 1]
             axes.plot(kimg, np.exp(np.log(values).mean(axis=0)), label=name, color=f"C{i}")  # the mean of a log axis
             axes.fill_between(kimg, values.min(axis=0), values.max(axis=0), color=f"C{i}", alpha=0.15, linewidth=0)
-    axes.set(xlabel="seconds on one core" if seconds else "thousand images", ylabel="Fréchet distance, stage-1 features", yscale="log")
+    axes.set(xlabel="seconds on one core" if seconds else "thousand images", ylabel="FD (stage 1)", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     panels = np.atleast_1d(right.subplots(max(len(shown), 1), 1))
@@ -76,10 +75,10 @@ def draw(exercise, results, path):
 
 
 def main():
-    parser = training.Parser(__doc__)
+    parser = training.Parser(__doc__, dict(
+        results=(str(HERE / "results" / "runs.jsonl"), "the lines of run.py"),
+        out=(None, "the picture (default: assets/exercises/NAME.png)", str)))
     parser.add_argument("exercise", choices=list(run.EXERCISES), help="which one")
-    parser.add_argument("--results", default=str(HERE / "results" / "runs.jsonl"), metavar="PATH", help="the lines of run.py")
-    parser.add_argument("--out", metavar="PATH", help="the picture (default: assets/exercises/NAME.png)")
     args = parser.parse_args()
     out = Path(args.out or HERE.parent / "assets" / "exercises" / f"{args.exercise}.png")
     draw(args.exercise, args.results, out)

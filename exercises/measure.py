@@ -2,11 +2,10 @@
 
 For each file of samples (`sample.py --out samples.npz`): Fréchet distance (FD), KID, precision and recall, each in the
 features of a stage-1 network and in those of a classifier of the labels; the distance to the nearest training image: its
-median, and what 99 % of the images keep, which falls if a few are copies; the share of each class; with labels in the file,
-how often a sample is of its class.
-
-The reference is the test set of Fashion-MNIST or CIFAR-10. The digits have none: there it is the data itself. The first
-row says what to compare with: the data against the reference. A distance is larger with fewer images, so mind their number.
+median, and its lowest percentile, which falls if a few images are copies; the share of each class; with labels in the file,
+how often a sample is of its class. The reference is the test set of Fashion-MNIST or CIFAR-10; for other data it is the data
+itself. The first row compares the data with the reference. Compare distances of equal numbers of images only. None of them is
+an FID, which needs Inception's features (fid.py).
 
     python exercises/measure.py digits --pretrained runs/digits/pretrain/network.pt "one step=digits.npz"
     python exercises/measure.py fashion-mnist --pretrained runs/fashion-mnist/pretrain/network.pt \\
@@ -23,18 +22,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 import classifier  # noqa: E402
-from machinery import data  # noqa: E402
 import fid  # noqa: E402
-from machinery import training  # noqa: E402
+from machinery import data, training  # noqa: E402
 
-LIMIT = fid.PAIRS_LIMIT  # images a side, of more a random choice: precision and recall take all pairs
+CPU = training.Runtime(torch.device("cpu"))
 NEAREST = 2000  # images whose nearest neighbour among all training images is looked for
 
 
-def chosen(images, limit=LIMIT):
-    """At most `limit` of an array of images (or of labels): a random choice that depends on their number alone."""
+def chosen(images, limit=fid.PAIRS_LIMIT):
+    """At most `limit` of an array of images or labels: a random choice that depends on their number alone."""
     return images if len(images) <= limit else images[fid.random_choice(len(images), limit).numpy()]
 
 
@@ -46,37 +45,31 @@ class Measures:
     """
 
     def __init__(self, name, pretrained=None):
-        self.rt = training.Runtime(torch.device("cpu"))
         self.train = data.load(name)
         self.has_test = name in ("fashion-mnist", "cifar10")
         self.reference = data.load(f"{name}:test") if self.has_test else self.train
         self.classifier = classifier.load(self.train)
         self.views = {"classifier": classifier.extractor(self.classifier, self.train)}
         if pretrained:
-            self.views["stage1"] = fid.network_features(self.rt, str(pretrained))
+            self.views["stage1"] = fid.network_features(CPU, str(pretrained))
         self.check(self.train)
         self.known = torch.from_numpy(self.train.images.reshape(len(self.train), -1).astype(np.float32))
         self.held = {view: self.features(view, chosen(self.reference.images)) for view in self.views}
 
     def check(self, dataset):
-        """Raise `UserError` unless the images of `dataset` are of the kind that is measured here."""
+        """Raise `UserError` unless the images of `dataset` have the size that is measured here."""
         for view in self.views.values():
             fid.check_images(view, dataset)
 
     def features(self, view, images):
-        """Features [n, d] of images uint8 [n, H, W, C], in the eyes of `view`: "classifier" or "stage1"."""
+        """Features [n, d] of images uint8 [n, H, W, C]; `view` is "classifier" or "stage1"."""
         parts = torch.tensor(images).split(500)  # a copy, as a data set may be read-only
         return torch.cat([self.views[view](part)[0] for part in parts])
 
     def distance(self, view, ours, held=None):
         """Fréchet distance of features [n, d] from `held` [m, d], by default those of the reference."""
-        sides = []
-        for features in (ours, self.held[view] if held is None else held):
-            moments = fid.Moments(features.shape[1])
-            moments.add(features)
-            n, mu, sigma = moments.result(self.rt)
-            sides.append(fid.Statistics(mu, sigma, self.views[view].tag, n))
-        return fid.frechet_distance(*sides)
+        sides = ours, self.held[view] if held is None else held
+        return fid.frechet_distance(*(fid.Statistics.of(x, self.views[view].tag) for x in sides))
 
     def nearest(self, images, skip_self=False):
         """Root mean square difference in grey levels to the nearest training image, [n], of the first `NEAREST` images."""
@@ -106,7 +99,7 @@ class Measures:
         return result
 
     def memory(self, images, skip_self=False):
-        """{"nearest": median distance to the nearest training image, "nearest_low": distance that 99 % of the images keep}."""
+        """{"nearest": median distance to the nearest training image, "nearest_low": its lowest percentile}."""
         found = self.nearest(chosen(images, NEAREST), skip_self)
         return {"nearest": found.median().item(), "nearest_low": found.quantile(0.01).item()}
 
@@ -127,13 +120,13 @@ class Measures:
 
 COLUMNS = {  # heading: (value in a row's measures, format)
     "images": (lambda r: r["images"], "{:.0f}"),
-    "FD, classifier": (lambda r: r["fd_classifier"], "{:.1f}"),
-    "FD, stage 1": (lambda r: r.get("fd_stage1"), "{:.4f}"),
-    "KID, classifier": (lambda r: r["kid_classifier"], "{:.3g}"),
+    "FD (classifier)": (lambda r: r["fd_classifier"], "{:.1f}"),
+    "FD (stage 1)": (lambda r: r.get("fd_stage1"), "{:.4f}"),
+    "KID (classifier)": (lambda r: r["kid_classifier"], "{:.3g}"),
     "precision": (lambda r: r["precision_classifier"], "{:.2f}"),
     "recall": (lambda r: r["recall_classifier"], "{:.2f}"),
-    "precision, stage 1": (lambda r: r.get("precision_stage1"), "{:.2f}"),
-    "recall, stage 1": (lambda r: r.get("recall_stage1"), "{:.2f}"),
+    "precision (stage 1)": (lambda r: r.get("precision_stage1"), "{:.2f}"),
+    "recall (stage 1)": (lambda r: r.get("recall_stage1"), "{:.2f}"),
     "nearest": (lambda r: r["nearest"], "{:.1f}"),
     "nearest, lowest 1 %": (lambda r: r.get("nearest_low"), "{:.1f}"),
     "rarest class, %": (lambda r: 100 * min(r["shares"]), "{:.1f}"),
@@ -151,24 +144,24 @@ def table(rows, columns=COLUMNS):
         return form.format(np.mean(found)) + spread if found else ""
 
     cells = {name: [cell(row, *column) for column in columns.values()] for name, row in rows.items()}
-    kept = [i for i in range(len(columns)) if any(row[i] for row in cells.values())]  # columns that hold something
+    kept = [i for i in range(len(columns)) if any(row[i] for row in cells.values())]  # not the empty columns
     lines = [f"| | {' | '.join(list(columns)[i] for i in kept)} |", "|---" * (len(kept) + 1) + "|"]
     return "\n".join(lines + [f"| {name} | {' | '.join(row[i] for i in kept)} |" for name, row in cells.items()])
 
 
 def main():
-    parser = training.Parser(__doc__)
+    parser = training.Parser(__doc__, dict(
+        pretrained=(None, "stage-1 network whose features to use as well", str),
+        json=(None, "append a line of JSON to this file for the data and for each file of samples", str),
+        picture=(None, "draw 64 images of the data and of the first file of each row", str)))
     parser.add_argument("data", metavar="NAME", help="digits, fashion-mnist, cifar10 or another labelled data set")
     parser.add_argument("samples", nargs="*", metavar="NAME=FILE", help="a row's name and its samples")
-    parser.add_argument("--pretrained", metavar="PATH", help="stage-1 network whose features to use as well")
-    parser.add_argument("--json", metavar="PATH", help="append a line of JSON to this file for the data and for each file of samples")
-    parser.add_argument("--picture", metavar="PATH", help="draw 64 images of the data and of the first file of each row")
     args = parser.parse_intermixed_args()  # files may stand behind the flags
     for text in args.samples:
         if "=" not in text:
             parser.error(f"{text}: give NAME=FILE")
     if args.data.endswith(":test"):
-        parser.error(f"{args.data}: give the name of the data set; its test images are found by themselves")
+        parser.error(f"{args.data}: give the name of the data set; its test images are the reference")
     measures = Measures(args.data, args.pretrained)
     samples = [(name, data.load(path)) for name, path in (text.rsplit("=", 1) for text in args.samples)]
     for _, dataset in samples:

@@ -8,7 +8,6 @@ and any network takes seconds. Not counted: the allocator's overhead and the wor
 leaves 15 % of the card; `--compile`, which needs less. Sizes in GB = 10^9 bytes.
 """
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -20,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import networks  # noqa: E402
 import pretrain  # noqa: E402
-from machinery import training  # noqa: E402
 import sample  # noqa: E402
 import train_diffratio  # noqa: E402
+from machinery import training  # noqa: E402
 
 CARDS = (24, 40, 80)  # GB
 
@@ -30,21 +29,18 @@ CARDS = (24, 40, 80)  # GB
 class CudaRules(TorchFunctionMode):
     """Makes the CPU's autocast compute in float32 what CUDA's does, and gives GroupNorm the one layout its GPU kernel takes.
 
-    In the other operations that the networks use, the lists of the two autocasts agree.
+    For the other operations of the networks the two autocasts agree.
     """
 
     FLOAT32 = {"group_norm", "layer_norm", "interpolate", "softmax", "softplus", "exp", "log", "pow", "__pow__", "sum", "norm"}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function.__name__ in self.FLOAT32 and torch.is_autocast_enabled("cpu"):
-            args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, self.cast, (args, kwargs))
+            to_float32 = lambda t: t.float() if t.is_floating_point() else t  # noqa: E731
+            args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, to_float32, (args, kwargs))
         if function.__name__ == "group_norm":
             args = (args[0].contiguous(), *args[1:])
         return function(*args, **(kwargs or {}))
-
-    @staticmethod
-    def cast(tensor):
-        return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def kept_for_backward(net, run):
@@ -75,9 +71,8 @@ def count(config, batch):
             """Of one generator forward and of the ratio network on real and fake, n images each."""
             x = torch.randn(n, config.img_channels, config.img_resolution, config.img_resolution)
             sigma, labels = torch.ones(n), torch.zeros(n, dtype=torch.int64) if config.label_dim else None
-            return kept_for_backward(generator, lambda: sample.one_step(generator, x, labels)) + kept_for_backward(
-                ratio, lambda: train_diffratio.ratio_loss(ratio, x, x, sigma, x, x, labels)
-            )
+            kept = kept_for_backward(generator, lambda: sample.one_step(generator, x, labels))
+            return kept + kept_for_backward(ratio, lambda: train_diffratio.ratio_loss(ratio, x, x, sigma, x, x, labels))
 
         two, four = activations(2), activations(4)
     numbers = 6 * 4 * batch * config.img_channels * config.img_resolution**2
@@ -86,11 +81,12 @@ def count(config, batch):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=training.HelpFormatter)
+    parser = training.Parser(__doc__)
     parser.add_argument("presets", nargs="*", default=["cifar10"], metavar="PRESET", help="presets of train_diffratio.py")
+    args = parser.parse_args()
     cards = "".join(f" {f'{card} GB':>7}" for card in CARDS)
     print(f"{'preset':14}{'fixed':>8}{'per image':>11}   --micro-batch for a card of{cards}")
-    for name in parser.parse_args().presets:
+    for name in args.presets:
         if name not in train_diffratio.PRESETS:
             raise training.UserError(f"unknown preset {name}; known: {', '.join(train_diffratio.PRESETS)}")
         settings = pretrain.PRESETS[name]

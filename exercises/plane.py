@@ -1,57 +1,55 @@
 """The ratio's gradient is a score difference: points in the plane, where both are known at every noise level.
 
-p is a spiral of eight Gaussians, q the same spiral turned. A small ratio network learns ln p/q with the product's own
-`ratio_loss`, two small denoisers learn the scores of p and of q with `denoising_loss`, from as many points; then the
-gradient of the one and the difference of the others stand beside the truth, at six noise levels (`error`). With a generator
-in the loop (`fixed-point`) the question is where it ends when it follows the one or the other.
+p is a spiral of eight Gaussians, q the same spiral turned. A small ratio network learns ln p/q with the `ratio_loss` of
+train_diffratio.py, two small denoisers learn the scores of p and of q with the `denoising_loss` of pretrain.py, from as many
+points. Then the gradient of the one and the difference of the others are compared with the truth at six noise levels
+(`error`). `fixed-point` trains a generator by the one or the other and asks where it ends.
 
-    python exercises/plane.py                                  all: two tables and the pictures, one seed, four minutes
-    python exercises/plane.py --seeds 3                        seeds 0, 1, 2
+    python exercises/plane.py                                  two tables and the pictures, one seed, four minutes
     python exercises/plane.py error --regimes close "few points"
-    python exercises/plane.py pictures                         draws what is there (needs requirements-exercises.txt)
+    python exercises/plane.py pictures                         draws what is there (matplotlib: `make exercises`)
 
-A row is a line of JSON in exercises/results/plane.jsonl. Stopped, it continues with the same command: a row with the same
-settings that is there is not run again.
+A row is a line of JSON in exercises/results/plane.jsonl. A row with the same settings that is there is not run again.
 """
 
 import copy
-import io
+import itertools
 import json
 import math
 import sys
 import time
+import types
 from pathlib import Path
 
-import PIL.Image
 import torch
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(HERE)]
+import measure  # noqa: E402
 from machinery import training  # noqa: E402
-from machinery.files import UserError, json_lines  # noqa: E402
+from machinery.files import UserError, atomic, json_lines  # noqa: E402
 from networks import Config, parameter_count, preconditioning  # noqa: E402
 from pretrain import denoising_loss  # noqa: E402
 from train_diffratio import generator_loss, ratio_loss  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------------------
-# Settings: what all regimes share, and each regime as differences from it.
+# ---- Settings: what all regimes share, and each regime as differences from it ------------------------
 
 SIGMAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # noise levels of the measurement; training draws ln sigma ~ N(-1.2, 1.2^2)
 COMMON = dict(
-    turn=202.5,  # degrees by which q is p turned: the centres of q lie between those of p, on the other arm
+    turn=202.5,  # degrees by which q is turned: its centres lie between those of p, on the other arm
     steps=2000, batch=256, lr=5e-3,  # of every network; batch: points of p and as many of q; the rate falls to zero
     width=64,  # of every network: three hidden layers
-    ratio_width=None,  # of the ratio network, where it is to have as many parameters as the two scores
-    teacher_steps=None, teacher_width=None,  # of the score of p, where it is to be worse than the others
+    ratio_width=None,  # of the ratio network, if different
+    teacher_steps=None, teacher_width=None,  # of the score of p, if different
     from_teacher=False,  # the score of q starts from the weights of the score of p
     points=None,  # p is known by so many points only; None: fresh ones in every step
     scaled=False,  # the logit is multiplied by sigma_data / sqrt(sigma^2 + sigma_data^2)
-)  # fmt: skip
+)
 REGIMES = {
     "far": {},
-    "between": dict(turn=22.5),  # the same arm: mean and covariance nearly equal, so that noise soon hides the difference
+    "between": dict(turn=22.5),  # on the same arm: mean and covariance nearly equal, so noise soon hides the difference
     "close": dict(turn=5.0),
     "brief": dict(steps=200),
     "small": dict(width=12),
@@ -65,19 +63,18 @@ REGIMES = {
     "far, scaled logit": dict(scaled=True),
     "close, scaled logit": dict(turn=5.0, scaled=True),
 }
-# With a generator: `follow` the ratio's gradient, the difference of two scores, or (affine only, q is then Gaussian) the truth.
-# The score of q starts from the score of p. One step of the critic per step of the generator.
+# With a generator: `follow` the ratio's gradient, the difference of two scores, or the exact gradient (affine generator only).
+# The score of q starts from the score of p. One step of ratio or score per step of the generator.
 LOOP = dict(
     follow="ratio", generator="affine", generator_lr=5e-3, steps=800, batch=256, lr=5e-3, width=64, teacher_steps=None,
     teacher_width=None, points=None, scaled=False,
     start=(0.5, 0.0, 0.0),  # of the affine generator: standard deviation and mean
-)  # fmt: skip
+)
 ASIDE = dict(start=(0.3, 0.5, -0.5))
 LOOPS = {
     "affine, exact": dict(follow="exact"),
     "affine, ratio": {},
     "affine, scores": dict(follow="scores"),
-    "affine, scores, brief teacher": dict(follow="scores", teacher_steps=100),
     "aside, exact": dict(ASIDE, follow="exact"),
     "aside, ratio": ASIDE,
     "aside, scores": dict(ASIDE, follow="scores"),
@@ -89,12 +86,11 @@ LOOPS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The truth.
+# ---- The truth ---------------------------------------------------------------------------------------
 
 
 class Mixture:
-    """A mixture of Gaussians in the plane; noise of level sigma only widens each of them. centres [K, 2], stds [K]."""
+    """A mixture of Gaussians in the plane: centres [K, 2], stds [K]. Noise of level sigma widens each of them."""
 
     def __init__(self, centres, stds):
         self.centres, self.stds = centres, stds
@@ -105,7 +101,7 @@ class Mixture:
         return self.centres[k] + self.stds[k, None] * torch.randn(n, 2, generator=rng)
 
     def _logits(self, x, sigma):
-        """ln of density times weight of each component at x [N, 2], for sigma [N]: [N, K]; differences [N, K, 2]; variances."""
+        """At x [N, 2], sigma [N]: ln of each weighted component's density [N, K], centre - x [N, K, 2], variances [N, K]."""
         apart, variance = self.centres - x[:, None], self.stds**2 + sigma[:, None] ** 2
         return -apart.square().sum(2) / (2 * variance) - (2 * math.pi * variance * len(self.stds)).log(), apart, variance
 
@@ -126,18 +122,7 @@ def spiral(turn=0.0):
     return Mixture(torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1), 0.06 + 0.01 * k)
 
 
-class Sample:
-    """p known by n points only: `sample` draws from them, again and again."""
-
-    def __init__(self, mixture, n, rng):
-        self.points = mixture.sample(n, rng)
-
-    def sample(self, n, rng):
-        return self.points[torch.randint(len(self.points), (n,), generator=rng)]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The networks, with the interface of the product's: x [N, 2, 1, 1], sigma [N].
+# ---- The networks, with the interface of those in networks.py: x [N, 2, 1, 1], sigma [N] -------------
 
 
 def mlp(inputs, width, outputs):
@@ -147,8 +132,6 @@ def mlp(inputs, width, outputs):
 
 class Ratio(nn.Module):
     """The logit h(x, sigma), [N]."""
-
-    config = Config(img_resolution=1, img_channels=2, channel_mult=(1,))
 
     def __init__(self, width, scaled=False):
         super().__init__()
@@ -163,7 +146,7 @@ class Ratio(nn.Module):
 class Score(nn.Module):
     """The denoiser D(x; sigma) of EDM, [N, 2, 1, 1]."""
 
-    config = Ratio.config
+    config = Config(img_resolution=1, img_channels=2, channel_mult=(1,))
 
     def __init__(self, width):
         super().__init__()
@@ -187,8 +170,7 @@ def score(net, x, sigma):
     return (net(x[:, :, None, None], sigma).flatten(1) - x) / sigma[:, None] ** 2
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Training.
+# ---- Training ----------------------------------------------------------------------------------------
 
 
 class Trainer:
@@ -206,7 +188,7 @@ class Trainer:
 
 
 class Noise:
-    """Random numbers of a training: points, levels, noise, all of one seed."""
+    """Random numbers of a training: points, noise levels and noise from one seed."""
 
     def __init__(self, batch, *key):
         self.batch, self.rng = batch, training.rng("cpu", *key)
@@ -241,20 +223,21 @@ def train_score(p, o, seed, name, width, steps, start=None):
 
 
 def known(o, seed):
-    """What the networks see of p."""
-    return Sample(spiral(), o["points"], training.rng("cpu", seed, "points")) if o["points"] else spiral()
-
-
-TEACHERS = {}  # those that were trained before in this process: several regimes have the same
+    """What the networks see of p: fresh points, or `o["points"]` points of which they draw with replacement."""
+    if not o["points"]:
+        return spiral()
+    points = spiral().sample(o["points"], training.rng("cpu", seed, "points"))
+    return types.SimpleNamespace(sample=lambda n, rng: points[torch.randint(len(points), (n,), generator=rng)])
 
 
 def train_teacher(o, seed):
     """The score of p."""
-    width, steps = o["teacher_width"] or o["width"], o["teacher_steps"] or o["steps"]
-    key = (seed, width, steps, o["batch"], o["lr"], o["points"])
-    if key not in TEACHERS:
-        TEACHERS[key] = train_score(known(o, seed), o, seed, "teacher", width, steps)
-    return TEACHERS[key]
+    return train_score(known(o, seed), o, seed, "teacher", o["teacher_width"] or o["width"], o["teacher_steps"] or o["steps"])
+
+
+def train_student(o, seed, teacher):
+    """The score of q."""
+    return train_score(spiral(o["turn"]), o, seed, "student", o["width"], o["steps"], teacher if o["from_teacher"] else None)
 
 
 def measure_error(o, seed):
@@ -263,13 +246,12 @@ def measure_error(o, seed):
     seen, started = known(o, seed), time.monotonic()
     ratio = train_ratio(seen, q, o, seed)
     middle = time.monotonic()
-    TEACHERS.clear()  # trained anew, as it is timed
     teacher = train_teacher(o, seed)
-    student = train_score(q, o, seed, "student", o["width"], o["steps"], teacher if o["from_teacher"] else None)
-    row = {"ratio_seconds": middle - started, "scores_seconds": time.monotonic() - middle}
-    row |= {"ratio_parameters": parameter_count(ratio)}
-    row |= {"scores_parameters": parameter_count(teacher) + parameter_count(student)}
-    row |= {f"{name}_{what}": [] for name in ("ratio", "scores") for what in ("error", "cosine")}
+    student = train_student(o, seed, teacher)
+    row = {"ratio_seconds": middle - started, "scores_seconds": time.monotonic() - middle,
+           "ratio_parameters": parameter_count(ratio),
+           "scores_parameters": parameter_count(teacher) + parameter_count(student)}
+    row |= {"ratio_error": [], "scores_error": []}
     for level in SIGMAS:
         rng, sigma = training.rng("cpu", "plane, test", level), torch.full((4000,), level)
         x = q.sample(4000, rng) + level * torch.randn(4000, 2, generator=rng)
@@ -277,12 +259,10 @@ def measure_error(o, seed):
         found = {"ratio": ratio_gradient(ratio, x, sigma), "scores": score(teacher, x, sigma) - score(student, x, sigma)}
         for name, estimate in found.items():
             row[f"{name}_error"].append(round(((estimate - truth).norm() / truth.norm()).item(), 4))
-            row[f"{name}_cosine"].append(round(((estimate * truth).sum() / estimate.norm() / truth.norm()).item(), 4))
     return row
 
 
-# ---------------------------------------------------------------------------------------------------------
-# With a generator in the loop.
+# ---- With a generator in the loop --------------------------------------------------------------------
 
 
 class Affine(nn.Module):
@@ -313,28 +293,25 @@ class Small(nn.Module):
 
 
 def run_loop(o, seed):
-    """Train a generator to minimise the reverse KL over all noise levels, by the gradient that `follow` names: a row."""
+    """Train a generator to minimise the reverse KL over all noise levels, by the gradient that `follow` names: a row's numbers."""
     p = spiral()
     seen = known(o, seed)
     teacher = train_teacher(o, seed) if o["follow"] == "scores" else None
     torch.manual_seed(training.seed_of(seed, "loop"))
     generator = Affine(*o["start"]) if o["generator"] == "affine" else Small()
-    critic = Ratio(o["width"], o["scaled"]) if o["follow"] != "scores" else Score(o["width"])
-    if teacher:
-        critic.load_state_dict(teacher.state_dict())
-    noise, betas = Noise(o["batch"], seed, "loop"), (0.0, 0.999)  # beta1 = 0, as in the product
+    critic = copy.deepcopy(teacher) if teacher else Ratio(o["width"], o["scaled"])
+    noise, betas = Noise(o["batch"], seed, "loop"), (0.0, 0.999)  # as in train_diffratio.py
     follow, watch = Trainer(generator, o["generator_lr"], o["steps"], betas), Trainer(critic, o["lr"], o["steps"], betas)
     for _ in range(o["steps"]):
         fake = generator(noise.normal().flatten(1))[:, :, None, None]
-        held = fake.detach()
         if o["follow"] == "ratio":
-            watch.step(ratio_loss(critic, noise.points(seen), held, noise.levels(), noise.normal(), noise.normal())[0])
+            watch.step(ratio_loss(critic, noise.points(seen), fake.detach(), noise.levels(), noise.normal(), noise.normal())[0])
             critic.requires_grad_(False)
             follow.step(generator_loss(critic, fake, noise.levels(), noise.normal(), "dikl"))
             critic.requires_grad_(True)
             continue
         if o["follow"] == "scores":
-            watch.step(denoising_loss(critic, held, noise.levels(), noise.normal()))
+            watch.step(denoising_loss(critic, fake.detach(), noise.levels(), noise.normal()))
         sigma = noise.levels()
         x = fake.flatten(1) + sigma[:, None] * noise.normal().flatten(1)
         with torch.no_grad():
@@ -360,121 +337,82 @@ def divergence(x, p, level, cells=60, edge=2.0):
     return ((log_q - p.log_density(grid, sigma)) * log_q.exp()).sum().item() * (line[1] - line[0]).item() ** 2
 
 
-def wasserstein(a, b):
-    """The 2-Wasserstein distance of two Gaussians, each a row with `mean` and `covariance`."""
-    s, t = (torch.tensor(row["covariance"], dtype=torch.float64) for row in (a, b))
-    values, vectors = torch.linalg.eigh(s)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ t @ root).clamp(min=0).sqrt().sum()
-    square = (torch.tensor(a["mean"]) - torch.tensor(b["mean"])).square().sum() + s.trace() + t.trace() - 2 * cross
-    return square.clamp(min=0).sqrt().item()
+# ---- Rows, tables, pictures --------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Rows, tables, pictures.
-
-PARTS = {"error": (REGIMES, COMMON, measure_error), "fixed-point": (LOOPS, LOOP, run_loop)}
-
-
-def spread(rows, key):
-    """Mean and standard deviation over rows of a number, or of each of a list of numbers."""
-    values = torch.tensor([row[key] for row in rows], dtype=torch.float64)
-    return values.mean(dim=0), values.std(dim=0) if len(rows) > 1 else torch.zeros_like(values[0])
+def by_regime(rows):
+    """{regime: its rows}."""
+    return {regime: [row for row in rows if row["regime"] == regime] for regime in dict.fromkeys(row["regime"] for row in rows)}
 
 
 def error_table(rows):
-    lines = [f"| regime | gradient | {' | '.join(f'{s:g}' for s in SIGMAS)} |", "|---" * (2 + len(SIGMAS)) + "|"]
-    for regime in dict.fromkeys(row["regime"] for row in rows):
-        mine = [row for row in rows if row["regime"] == regime]
-        for name in ("ratio", "scores"):
-            cells = " | ".join(f"{m:.2f} ± {s:.2f}" for m, s in zip(*spread(mine, f"{name}_error")))
-            lines.append(f"| {regime} | {name} | {cells} |")
-    return "\n".join(lines)
+    lines = {f"{regime}, {name}": [row[f"{name}_error"] for row in found]
+             for regime, found in by_regime(rows).items() for name in ("ratio", "scores")}
+    return measure.table(lines, {f"sigma {s:g}": (lambda r, i=i: r[i], "{:.2f}") for i, s in enumerate(SIGMAS)})
 
 
 def loop_table(rows):
-    lines = ["| loop | KL at 0.1 | KL at 0.5 | from the exact end |", "|---|---|---|---|"]
-    exact = {(row["regime"].split(",")[0], row["seed"]): row for row in rows if row["settings"]["follow"] == "exact"}
-    for regime in dict.fromkeys(row["regime"] for row in rows):
-        mine = [dict(row) for row in rows if row["regime"] == regime]
-        away = ""
-        kind = regime.split(",")[0]
-        if all((kind, row["seed"]) in exact for row in mine):
-            for row in mine:
-                row["away"] = wasserstein(row, exact[kind, row["seed"]])
-            away = "{:.3f} ± {:.3f}".format(*spread(mine, "away"))
-        kl = " | ".join("{:.3f} ± {:.3f}".format(*spread(mine, f"kl_{level}")) for level in (0.1, 0.5))
-        lines.append(f"| {regime} | {kl} | {away} |")
-    return "\n".join(lines)
+    return measure.table(by_regime(rows), {f"KL at sigma {s}": (lambda r, s=s: r[f"kl_{s}"], "{:.3f}") for s in (0.1, 0.5)})
 
 
 def pyplot():
     try:
-        import matplotlib
+        import matplotlib.pyplot as plt
     except ImportError:
-        raise UserError("the pictures need matplotlib: pip install -r requirements-exercises.txt") from None
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+        raise UserError("the pictures need matplotlib, which is missing; `make exercises` installs it") from None
+    plt.switch_backend("agg")
     return plt
 
 
-COLOURS = {"truth": "0.35", "ratio": "C0", "scores": "C3"}
+COLOURS = {"truth": "0.35", "exact": "0.35", "ratio": "C0", "scores": "C3"}
 
 
 def draw_field(folder, regime="far", levels=(0.1, 0.5, 2.0)):
-    """The true gradient of ln p/q, the ratio network's and the score pair's at three noise levels; trains them first."""
+    """The true gradient of ln p/q, the ratio network's and that of two scores at three noise levels; trains them first."""
     plt, o = pyplot(), {**COMMON, **REGIMES[regime]}
     p, q = spiral(), spiral(o["turn"])
     ratio, teacher = train_ratio(p, q, o, 0), train_teacher(o, 0)
-    student = train_score(q, o, 0, "student", o["width"], o["steps"])
+    student = train_student(o, 0, teacher)
     figure, axes = plt.subplots(3, len(levels), figsize=(8.4, 8.4), sharex="col", sharey="col", layout="constrained")
     for column, level in enumerate(levels):
         line = torch.linspace(-1.3, 1.3, 15) * (1 + 0.8 * level)
         grid, sigma = torch.cartesian_prod(line, line), torch.full((15**2,), level)
         fields = {"truth": p.score(grid, sigma) - q.score(grid, sigma), "ratio": ratio_gradient(ratio, grid, sigma),
-                  "scores": score(teacher, grid, sigma) - score(student, grid, sigma)}  # fmt: skip
-        density = (p.log_density(grid, sigma).exp() + q.log_density(grid, sigma).exp()).clamp(min=0)
-        seen = density > 0.01 * density.max()  # elsewhere there are no points, neither for training nor for the generator
+                  "scores": score(teacher, grid, sigma) - score(student, grid, sigma)}
+        density = p.log_density(grid, sigma).exp() + q.log_density(grid, sigma).exp()
+        seen = density > 0.01 * density.max()  # elsewhere there are hardly any points
         scale = fields["truth"][seen].norm(dim=1).quantile(0.9).item()
-        for row, (name, field) in enumerate(fields.items()):
-            axis = axes[row, column]
+        axes[0, column].set_title(f"sigma = {level:g}")
+        for axis, (name, field) in zip(axes[:, column], fields.items()):
             arrows = field[seen] / scale
             arrows = arrows / arrows.norm(dim=1, keepdim=True).clamp(min=1.5) * 1.5  # the longest are cut
             axis.quiver(*grid[seen].T.numpy(), *arrows.T.numpy(), color=COLOURS[name], angles="xy", scale=14, width=0.006)
             for mixture, marker in ((p, "k+"), (q, "kx")):
                 axis.plot(*mixture.centres.T.numpy(), marker, markersize=4, alpha=0.5)
             axis.set(xticks=[], yticks=[], aspect="equal")
-            if row == 0:
-                axis.set_title(f"sigma = {level:g}")
-            if column == 0:
-                axis.set_ylabel({"truth": "true gradient", "ratio": "ratio network", "scores": "two scores"}[name])
+    for axis, name in zip(axes[:, 0], ("true gradient", "ratio network", "two scores")):
+        axis.set_ylabel(name)
     save(figure, folder / "plane-field.png")
 
 
 def save(figure, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=75)
-    PIL.Image.open(picture).convert("RGB").quantize(32).save(path, optimize=True)  # 32 colours: a small file
+    with atomic(path) as part:
+        figure.savefig(part, format="png", dpi=75)
     print(f"drew {path}")
 
 
 def draw_error(rows, folder):
     """Error by noise level, a panel per regime, the band from the least to the largest seed."""
-    plt = pyplot()
-    regimes = list(dict.fromkeys(row["regime"] for row in rows))
-    columns = 4
-    lines = -(-len(regimes) // columns)
-    size = dict(figsize=(11, 2.5 * lines), squeeze=False)
-    figure, axes = plt.subplots(lines, columns, sharex=True, sharey=True, layout="constrained", **size)
+    plt, regimes = pyplot(), by_regime(rows)
+    lines = -(-len(regimes) // 4)
+    figure, axes = plt.subplots(lines, 4, sharex=True, sharey=True, figsize=(11, 2.5 * lines), squeeze=False, layout="constrained")
     for axis in axes.flat[len(regimes) :]:
         axis.axis("off")
-    for axis, regime in zip(axes.flat, regimes):
-        for name in ("ratio", "scores"):
-            values = torch.tensor([row[f"{name}_error"] for row in rows if row["regime"] == regime])
+    for axis, (regime, mine) in zip(axes.flat, regimes.items()):
+        for name, label in (("ratio", "ratio"), ("scores", "two scores")):
+            values = torch.tensor([row[f"{name}_error"] for row in mine])
             axis.fill_between(SIGMAS, values.amin(0), values.amax(0), color=COLOURS[name], alpha=0.3)
-            axis.loglog(SIGMAS, values.mean(0), color=COLOURS[name], label={"ratio": "ratio", "scores": "two scores"}[name])
+            axis.loglog(SIGMAS, values.mean(0), color=COLOURS[name], label=label)
         axis.axhline(1, color="0.7", linewidth=0.8)
         axis.set_title(regime, fontsize=10)
     axes[0, 0].legend()
@@ -486,8 +424,8 @@ def draw_error(rows, folder):
 def draw_loops(rows, folder):
     """Where generators end: affine ones as ellipses, small networks as points (seed 0), over the density of p."""
     plt, p = pyplot(), spiral()
-    line = torch.linspace(-1.5, 1.5, 120)
-    grid = torch.cartesian_prod(line, line)
+    line, turn = torch.linspace(-1.5, 1.5, 120), torch.linspace(0, 2 * math.pi, 100)
+    grid, circle = torch.cartesian_prod(line, line), torch.stack([turn.cos(), turn.sin()])
     density = p.log_density(grid, torch.full((len(grid),), 0.1)).exp().view(120, 120).T
     small = [row for row in rows if "points" in row]
     columns = -(-(len(small) + 2) // 2)
@@ -497,66 +435,63 @@ def draw_loops(rows, folder):
         axis.contour(line, line, density, colors="0.6", linewidths=0.6)
     for axis in axes.flat[len(small) + 2 :]:
         axis.set_visible(False)
-    circle = torch.stack([torch.linspace(0, 2 * math.pi, 100).cos(), torch.linspace(0, 2 * math.pi, 100).sin()])
     for axis, start in zip(axes.flat, ("affine", "aside")):
+        axis.set_title(f"{start}: one standard deviation", fontsize=9)
         for row in rows:
-            follow = row["regime"].removeprefix(f"{start}, ")
-            if row["regime"] == f"{start}, {follow}" and follow in ("exact", "ratio", "scores"):
-                root = torch.linalg.cholesky(torch.tensor(row["covariance"]))
-                ring = root @ circle + torch.tensor(row["mean"])[:, None]
-                colour = COLOURS.get(follow, COLOURS["truth"])
-                axis.plot(*ring, color=colour, linewidth=1, label=follow if row["seed"] == 0 else None)
+            if row["regime"].startswith(start):
+                follow = row["settings"]["follow"]
+                ring = torch.linalg.cholesky(torch.tensor(row["covariance"])) @ circle + torch.tensor(row["mean"])[:, None]
+                axis.plot(*ring, color=COLOURS[follow], linewidth=1, label=follow if row["seed"] == 0 else None)
         if axis.lines:
             axis.legend(fontsize=7, loc="lower right")
-        axis.set_title(f"{start}: one standard deviation", fontsize=9)
     for axis, row in zip(axes.flat[2:], small):
-        axis.plot(*torch.tensor(row["points"]).T, ".", markersize=2.5, color="C3" if "scores" in row["regime"] else "C0")
+        axis.plot(*torch.tensor(row["points"]).T, ".", markersize=2.5, color=COLOURS[row["settings"]["follow"]])
         axis.set_title(row["regime"], fontsize=9)
     save(figure, folder / "plane-fixed-point.png")
 
 
+PARTS = {
+    "error": (REGIMES, COMMON, measure_error, error_table, draw_error),
+    "fixed-point": (LOOPS, LOOP, run_loop, loop_table, draw_loops),
+}
+
+
 def main():
-    parser = training.Parser(__doc__)
-    add = parser.add_argument
-    add("part", nargs="?", choices=[*PARTS, "pictures", "all"], default="all", help="what to run")
-    add("--seeds", type=training.positive(int), default=1, metavar="N", help="seeds 0 to N - 1")
-    add("--regimes", nargs="+", metavar="NAME", help="some of the regimes (default: all)")
-    add("--steps", type=training.positive(int), metavar="N", help="another length of every training (default: the table's)")
-    add("--results", type=Path, default=HERE / "results" / "plane.jsonl", metavar="PATH", help="the file of the rows")
-    add("--pictures", type=Path, default=ROOT / "assets" / "exercises", metavar="FOLDER", help="where the pictures go")
+    parser = training.Parser(__doc__, dict(
+        seeds=(1, "seeds 0 to N - 1"),
+        steps=(None, "another length of every training (default: the table's)", int),
+        results=(HERE / "results" / "plane.jsonl", "the file of the rows", Path),
+        pictures=(ROOT / "assets" / "exercises", "folder for the pictures", Path)))
+    parser.add_argument("part", nargs="?", choices=[*PARTS, "pictures", "all"], default="all", help="what to run")
+    parser.add_argument("--regimes", nargs="+", choices=[*REGIMES, *LOOPS], metavar="NAME", help="only these (default: all)")
     args = parser.parse_args()
-    for name in args.regimes or []:
-        if name not in {**REGIMES, **LOOPS}:
-            parser.error(f"{name}: unknown; the regimes are {', '.join([*REGIMES, *LOOPS])}")
     if args.part in ("all", "pictures"):
         pyplot()  # a missing package is told now, not after the work
 
-    wanted = {}
-    for seed in range(args.seeds):
-        for part, (table, common, measure) in PARTS.items():
-            for regime in table:
-                if regime not in (args.regimes or table):
-                    continue
-                settings = {**common, **table[regime], **({"steps": args.steps} if args.steps else {})}
-                settings = json.loads(json.dumps(settings))  # as they are read again: tuples become lists
-                key = {"part": part, "regime": regime, "seed": seed, "settings": settings}
-                found = [row for row in json_lines(args.results, *key) if all(row[k] == v for k, v in key.items())]
-                if not found and args.part in (part, "all"):
-                    print(f"{part}: {regime}, seed {seed}", flush=True)
-                    found = [{**key, **measure(settings, seed)}]
-                    args.results.parent.mkdir(parents=True, exist_ok=True)
-                    with open(args.results, "a") as file:
-                        file.write(json.dumps(found[0]) + "\n")
-                wanted.setdefault(part, []).extend(found[-1:])
-    for part, show in (("error", error_table), ("fixed-point", loop_table)):
-        if args.part in (part, "all") and wanted.get(part):
+    wanted = {part: [] for part in PARTS}
+    for seed, (part, (table, common, run, *_)) in itertools.product(range(args.seeds), PARTS.items()):
+        for regime in table:
+            if regime not in (args.regimes or table):
+                continue
+            settings = {**common, **table[regime], **({"steps": args.steps} if args.steps else {})}
+            settings = json.loads(json.dumps(settings))  # as they are read again: tuples become lists
+            key = {"part": part, "regime": regime, "seed": seed, "settings": settings}
+            found = [row for row in json_lines(args.results, *key) if all(row[k] == v for k, v in key.items())]
+            if not found and args.part in (part, "all"):
+                print(f"{part}: {regime}, seed {seed}", flush=True)
+                found = [{**key, **run(settings, seed)}]
+                args.results.parent.mkdir(parents=True, exist_ok=True)
+                with open(args.results, "a") as file:
+                    file.write(json.dumps(found[0]) + "\n")
+            wanted[part] += found[-1:]
+    for part, (*_, show, _) in PARTS.items():
+        if args.part in (part, "all") and wanted[part]:
             print(f"\n{part}: mean and standard deviation over {args.seeds} seed(s)\n\n{show(wanted[part])}")
     if args.part in ("all", "pictures"):
         draw_field(args.pictures)
-        if wanted.get("error"):
-            draw_error(wanted["error"], args.pictures)
-        if wanted.get("fixed-point"):
-            draw_loops(wanted["fixed-point"], args.pictures)
+        for part, (*_, draw) in PARTS.items():
+            if wanted[part]:
+                draw(wanted[part], args.pictures)
 
 
 if __name__ == "__main__":

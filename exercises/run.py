@@ -1,20 +1,17 @@
-"""Run an exercise: train its rows with the stage scripts as a user would, measure them, print the table.
+"""Run an exercise: train its rows with train_diffratio.py as a user would, measure them, print the table.
 
-    python exercises/run.py divergences                        seed 0
-    python exercises/run.py divergences --seeds 3              seeds 0, 1, 2; what is measured already is not run again
-    python exercises/run.py order --rows "fresh z" "same z, same noise"
+    python exercises/run.py 5                                  our reference results of exercise 5; nothing is run
+    python exercises/run.py 5 --results my-runs.jsonl          train and measure yours, seed 0
+    python exercises/run.py order --results my-runs.jsonl --seeds 3 --rows "fresh z" "same z, same noise"
+    python exercises/run.py order --results my-runs.jsonl --table       what is measured so far
     python exercises/run.py --list                             all exercises and their rows
     python exercises/run.py --diff fresh-z                     a change of code, as a diff
-    python exercises/run.py order --table --seeds 3            the table of what is measured; nothing is run
-    python exercises/run.py momentum --results mine.jsonl      your own numbers instead of those in the repository
 
-All rows start from the stage-1 network of `make demo`. A row is a run of fixed length (never the best checkpoint) in
-runs/exercises, and a line of exercises/results/runs.jsonl: its measures (exercises/measure.py) and its distance over
-training. A run that several exercises share is made once. Stopped, the same command continues it. The lines of the repository
-are complete, so without --results nothing is run: with `--results mine.jsonl` the runs are made anew, in runs/exercises/mine.
+All rows start from the stage-1 network of `make demo`. A row is a run of fixed length in runs/exercises/NAME, where NAME is
+that of the results file, and a line of this file: its measures (exercises/measure.py) and its distance over training. A run
+that several exercises share is made once, and what has a line is not run again. After a stop the same command continues.
 """
 
-import contextlib
 import json
 import os
 import shlex
@@ -32,25 +29,26 @@ ROOT = HERE.parent
 WORK = ROOT  # runs/ is in it
 sys.path[:0] = [str(ROOT), str(HERE)]
 import changes  # noqa: E402
-from machinery import checkpoints  # noqa: E402
-from machinery import data  # noqa: E402
-from machinery import files  # noqa: E402
 import measure  # noqa: E402
-from machinery import training  # noqa: E402
 import sample  # noqa: E402
 import verifier  # noqa: E402
+from machinery import checkpoints, data, files, training  # noqa: E402
 from machinery.files import UserError  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------------------
-# The settings of all exercises, as differences from the preset `digits` of the stage scripts.
+# ---- Settings, as differences from the preset `digits` -----------------------------------------------
 
 STAGE1 = "runs/digits/pretrain/network.pt"  # of `make demo`
 KIMG = 24  # length of every run, thousands of images
-COMMON = f"--init {STAGE1} --kimg {KIMG} --batch 64"  # less than a third of the demo's time, with the rates falling over it
+COMMON = f"--init {STAGE1} --kimg {KIMG} --batch 64"
 CURVE = f"--fid-every 4 --fid-features {STAGE1} --fid-images 1797"
 SAMPLES = 3594  # of each generator: twice the data
 ONE_LEVEL = "--p-mean 0.9163 --p-std 0.001"  # ln 2.5: a stage 1 at a single noise level, for the exercise `stage-1`
-LEVELS = (0.1, 0.5, 1.0)  # noise levels at which the ratio network's calibration is read, for the exercise `ratio`
+LEVELS = (0.1, 0.5, 1.0)  # noise levels at which the ratio network's calibration is measured
+REFERENCE = HERE / "results" / "runs.jsonl"
+NUMBERS = {  # of the pages in exercises/: names below, or a program of its own
+    "0": "warmups.py", "1": "plane.py", "2": "divergences", "3": "stage-1", "4": "gan", "5": "order momentum", "6": "t-init",
+    "7": "noise", "8": "ratio", "10": "teacher", "11": "verifier.py",
+}
 
 # {exercise: {row: (flags of the script, changes of its code)}}; a row with the change "teacher" runs teacher.py instead.
 EXERCISES = {
@@ -61,8 +59,7 @@ EXERCISES = {
         "softened chi-square": ("--divergence lecam", "divergences"),
     },
     "stage-1": {
-        "both from stage 1": "",
-        "ratio network at random": "--ratio-init random",
+        "both from stage 1": "", "ratio network at random": "--ratio-init random",
         "generator at random": ("", "generator-random"),
         "both at random": ("--ratio-init random", "generator-random"),
         "generator from one level": ("", "generator-one-level"),
@@ -91,21 +88,19 @@ EXERCISES = {
     },
     "ratio": {
         "1 ratio step": "", "2 ratio steps": "--ratio-steps 2", "5 ratio steps": "--ratio-steps 5",
-        "random, full width": "--ratio-init random",
-        "random, half the width": "--ratio-init random --ratio-width 16",
-        "random, a quarter of the width": "--ratio-init random --ratio-width 8",
-        "frozen encoder": ("", "frozen-encoder"),
+        "ratio network at random": "--ratio-init random", "frozen encoder": ("", "frozen-encoder"),
         "rate 1e-4": "--ratio-lr 1e-4", "rate 1e-3": "--ratio-lr 1e-3",
     },
     "momentum": {f"beta1 {b}": "" if b == "0" else f"--beta1 {b}" for b in ("0", "0.5", "0.9")},
     "teacher": {"DiffRatio": "", "VSD": ("--method vsd", "teacher"), "SiD": ("--method sid", "teacher")},
-}  # fmt: skip
-SHOWN = ("FD, classifier", "FD, stage 1", "precision", "recall", "nearest", "rarest class, %", "most frequent, %")  # of measure.py
-EXTRA_COLUMNS = {  # beside these
+}
+# Columns of measure.py, and more of some exercises: {heading: (value in a line, format)}.
+SHOWN = ("FD (classifier)", "FD (stage 1)", "precision", "recall", "nearest", "rarest class, %", "most frequent, %")
+EXTRA_COLUMNS = {
     "ratio": {
-        **{f"right at {s}, %": (lambda r, s=s: 100 * r["calibration"][str(s)]["accuracy"], "{:.1f}") for s in LEVELS},
-        **{f"calibration error at {s}": (lambda r, s=s: r["calibration"][str(s)]["error"], "{:.3f}") for s in LEVELS},
-        **{f"E_q[exp h] at {s}": (lambda r, s=s: r["calibration"][str(s)]["mean_ratio"], "{:.2f}") for s in LEVELS},
+        "right at 0.1, %": (lambda r: 100 * r["calibration"]["0.1"]["accuracy"], "{:.1f}"),
+        "calibration error at 0.1": (lambda r: r["calibration"]["0.1"]["error"], "{:.3f}"),
+        "E_q[exp h] at 0.1": (lambda r: r["calibration"]["0.1"]["mean_ratio"], "{:.2f}"),
     },
     "noise": {
         f"right at sigma {band}, %": (lambda r, band=band: 100 * r["bands"][band] if band in r["bands"] else None, "{:.1f}")
@@ -114,8 +109,7 @@ EXTRA_COLUMNS = {  # beside these
 }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A run.
+# ---- A run -------------------------------------------------------------------------------------------
 
 
 def row_of(exercise, name):
@@ -125,12 +119,12 @@ def row_of(exercise, name):
 
 
 def run_name(flags, names):
-    """What identifies a run: its flags and its changes of code, also as the name of its folder."""
+    """Name of a run and of its folder: its flags and its changes of code."""
     return " ".join([*flags.replace("--", "").split(), *(f"+{name}" for name in names)]).replace(" ", "_") or "default"
 
 
 def folder_of(flags, names, seed, results):
-    """Where a run lies; those of each file of results apart, so that another file means another run."""
+    """Folder of a run; another file of results means another run."""
     return WORK / "runs" / "exercises" / Path(results).stem / f"{run_name(flags, names)}-{seed}"
 
 
@@ -139,33 +133,31 @@ def train(folder, flags, names, seed, length=()):
 
     length: further flags that come last, such as a shorter --kimg.
     """
-    script = ROOT / "train_diffratio.py"
+    script = ROOT / changes.SCRIPT
     if names == ("teacher",):
         script = HERE / "teacher.py"
     elif names:
-        if any("one-level" in name for name in names):
-            one_level(length)
-        script = folder / "train_diffratio.py"
+        if any("one-level" in name for name in names):  # a finished stage 1 is not trained again
+            outdir = (WORK / changes.ONE_LEVEL).parent
+            call([sys.executable, str(ROOT / "pretrain.py"), *ONE_LEVEL.split(), *length, "--outdir", str(outdir)])
+        script = folder / changes.SCRIPT
         with files.atomic(script) as part:
-            part.write_text(changes.changed(names)[2])
+            part.write_text(changes.changed(names)[1])
     command = [sys.executable, str(script), *shlex.split(f"{COMMON} {CURVE} {flags}"), *length]
     call([*command, "--seed", str(seed), "--outdir", str(folder)])
 
 
-def one_level(length=()):
-    """Stage 1 at the noise level 2.5 alone, for as many images as that of `make demo`; nothing is done if it is there."""
-    folder = (WORK / changes.ONE_LEVEL).parent
-    call([sys.executable, str(ROOT / "pretrain.py"), *ONE_LEVEL.split(), *length, "--outdir", str(folder)])
-
-
 def call(command):
-    """Run a script in a process of its own; its output goes through. An error of it ends this one, with its exit code."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # where a changed copy finds the others
+    """Run a script in a process of its own. If it fails, this one ends with its exit code."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # for imports of a changed copy
     process = subprocess.Popen(command, cwd=WORK, env={**os.environ, "PYTHONPATH": path})
     while process.poll() is None:
-        with contextlib.suppress(KeyboardInterrupt):  # the script has had it too, and stops with a checkpoint
+        try:
             process.wait()
-    if (code := process.returncode) < 0:  # a crash, or killed: the script itself had no time to say so
+        except training.Stopped as stop:  # the script stops with a checkpoint; Ctrl-C has reached it already
+            if stop.args[1] != signal.SIGINT:
+                process.send_signal(stop.args[1])
+    if (code := process.returncode) < 0:  # it crashed or was killed, without a message of its own
         print(f"run.py: {command[1]} was ended by signal {-code} ({signal.strsignal(-code)})", file=sys.stderr)
     if code:
         sys.exit(code if code > 0 else 128 - code)
@@ -173,9 +165,9 @@ def call(command):
 
 @torch.no_grad()
 def calibration(folder, dataset, seed):
-    """Of the ratio network, on fresh samples, at each of LEVELS: {level: {accuracy, error, mean_ratio}}.
+    """Of a run's ratio network, on data and fresh samples of the averaged generator: {level: {accuracy, error, mean_ratio}}.
 
-    error and mean_ratio: as `verifier.calibration` says. The samples are those of the averaged generator.
+    accuracy: how often it is right; 0.5 is blind. error and mean_ratio: see `verifier.calibration`.
     """
     net = checkpoints.load_network(folder / "network.pt", role="generator")
     ratio = checkpoints.load_network(folder / "ratio.pt", role="ratio")
@@ -212,56 +204,67 @@ def results(path):
     return {(line["run"], line["seed"]): line for line in files.json_lines(path, "run", "seed")}
 
 
-def table(exercise, rows, found, seeds):
-    """The exercise's table, of those seeds of each row that are measured."""
+def table(exercise, rows, path):
+    """The exercise's table, of all seeds that the results file `path` holds."""
     columns = {**{name: measure.COLUMNS[name] for name in SHOWN}, **EXTRA_COLUMNS.get(exercise, {})}
-    lines = {name: [found[key] for seed in range(seeds) if (key := (run_name(*row_of(exercise, name)), seed)) in found] for name in rows}
-    return measure.table({name: line for name, line in lines.items() if line}, columns)
+    found, lines = results(path), {}
+    for name in rows:
+        if line := [line for (run, _), line in found.items() if run == run_name(*row_of(exercise, name))]:
+            lines[name] = line
+    if not lines:
+        raise UserError(f"{path} holds no results of {exercise}; without --table they are trained and measured")
+    return measure.table(lines, columns)
 
 
 def main():
-    parser = training.Parser(__doc__)
-    add = parser.add_argument
-    add("exercise", nargs="?", choices=list(EXERCISES), help="which one")
-    add("--seeds", type=training.positive(int), default=1, metavar="N", help="seeds 0 to N - 1")
-    add("--first-seed", type=int, default=0, metavar="N", help="leave out those before N, for two processes side by side (after `stage-1` has "
-        "made its network of one level)")  # fmt: skip
-    add("--rows", nargs="+", metavar="ROW", help="only these rows (default: all)")
-    add("--results", default=str(HERE / "results" / "runs.jsonl"), metavar="PATH", help="where the lines are read and added")
-    add("--table", action="store_true", help="print the table of what is measured, and run nothing")
-    add("--list", action="store_true", help="print all exercises with their rows")
-    add("--diff", choices=list(changes.CHANGES), metavar="CHANGE", help="print a change of code")
+    parser = training.Parser(__doc__, dict(
+        results=(None, "train and measure what this file lacks, and add it (default: print our reference results)", str),
+        seeds=(1, "seeds 0 to N - 1"),
+        first_seed=(0, "leave out seeds below this, for two processes side by side", training.integer),
+        table=(False, "print what --results holds and run nothing"),
+        list=(False, "print all exercises with their rows"),
+        diff=(None, "print a change of code", list(changes.CHANGES))))
+    parser.add_argument("exercise", nargs="?", choices=[*NUMBERS, *EXERCISES], metavar="EXERCISE", help="number or name")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows (default: all)")
     args = parser.parse_args()
     if args.list:
-        for exercise, rows in EXERCISES.items():
-            print(f"{exercise:12} {' | '.join(rows)}")
+        numbers = {name: number for number, names in NUMBERS.items() for name in names.split()}
+        print("\n".join(f"{numbers[name]:>2} {name:12} {' | '.join(rows)}" for name, rows in EXERCISES.items()))
         return
     if args.diff:
         print(changes.diff([args.diff]))
         return
     if not args.exercise:
-        parser.error("say which exercise: " + ", ".join(EXERCISES))
-    rows = args.rows or list(EXERCISES[args.exercise])
-    if unknown := set(rows) - EXERCISES[args.exercise].keys():
-        parser.error(f"--rows: no row {sorted(unknown)[0]!r} in {args.exercise}; there are: {' | '.join(EXERCISES[args.exercise])}")
-    if not args.table:
+        parser.error("say which exercise: a number or one of " + ", ".join(EXERCISES))
+    names = NUMBERS.get(args.exercise, args.exercise)
+    if names.endswith(".py"):
+        parser.error(f"exercise {args.exercise} has a program of its own: python exercises/{names}")
+    known = [row for name in names.split() for row in EXERCISES[name]]
+    if unknown := set(args.rows or ()) - set(known):
+        parser.error(f"--rows: no row {min(unknown)!r} in {names}; there are: {' | '.join(known)}")
+    rows = {name: [row for row in EXERCISES[name] if row in (args.rows or known)] for name in names.split()}
+    if args.results and not args.table:
         run_all(args, rows)
-    print(table(args.exercise, rows, results(args.results), args.seeds))
+    elif not args.results:
+        print("Reference results of the authors: nothing was run. --results my-runs.jsonl trains and measures yours.")
+    for name, wanted in rows.items():
+        if wanted:
+            print(f"\n{name}\n\n{table(name, wanted, args.results or REFERENCE)}")
 
 
 def run_all(args, rows):
-    """Train and measure the rows that have no line yet."""
+    """Train and measure the rows {exercise: names} that have no line yet."""
     if not (WORK / STAGE1).exists():
         raise UserError(f"the exercises start from {STAGE1}, which is missing; run `make demo` first, or `python pretrain.py`")
     Path(args.results).parent.mkdir(parents=True, exist_ok=True)
     measures = None
     for seed in range(args.first_seed, args.seeds):
-        for name in rows:
-            flags, names = row_of(args.exercise, name)
+        for exercise, name in ((exercise, name) for exercise in rows for name in rows[exercise]):
+            flags, names = row_of(exercise, name)
             run = run_name(flags, names)
             if (run, seed) in results(args.results):
                 continue
-            print(f"\n--- {args.exercise}: {name}, seed {seed}", flush=True)
+            print(f"\n--- {exercise}: {name}, seed {seed}", flush=True)
             start = time.monotonic()
             folder = folder_of(flags, names, seed, args.results)
             train(folder, flags, names, seed)

@@ -2,7 +2,7 @@
 
 `wrong-loss` and `realism` are closed forms and need nothing. `log`, `calibration` and `reliability` read the generator and
 the ratio network in assets/. `one-step`, `price` and `two-steps` also need the stage-1 network of `make demo`. Each prints a
-table; what to expect is in exercises/README.md.
+table; exercises/00-warm-ups.md says what to expect.
 
     python exercises/warmups.py                        the first five, less than a minute
     python exercises/warmups.py all                    all eight, two to three minutes
@@ -17,7 +17,6 @@ import functools
 import json
 import math
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +25,14 @@ import torch
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
-from machinery import checkpoints  # noqa: E402
-import classifier  # noqa: E402
-from machinery import data  # noqa: E402
-import fid  # noqa: E402
-from machinery import training  # noqa: E402
+import measure  # noqa: E402
 import sample  # noqa: E402
+from machinery import checkpoints, data, training  # noqa: E402
 from machinery.files import UserError, reading  # noqa: E402
-from train_diffratio import BANDS, DIVERGENCES, band_statistics, band_sums  # noqa: E402
+from machinery.training import BANDS, band_sums  # noqa: E402
+from train_diffratio import DIVERGENCES  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------------------
-# Closed forms: q = N(theta, 1) at theta = 0.7 against p = N(0, 1.5^2), integrals by quadrature, float64.
+# ---- Closed forms: q = N(theta, 1) against p = N(0, 1.5^2), by quadrature ----------------------------
 
 GRID = torch.linspace(-12, 12, 20001, dtype=torch.float64)
 THETA, STD_P = 0.7, 1.5
@@ -91,8 +87,7 @@ def realism(seed):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Reading a ratio network.
+# ---- Reading a ratio network -------------------------------------------------------------------------
 
 
 def real_digits():
@@ -101,19 +96,15 @@ def real_digits():
     return dataset.to_model(dataset.batch(np.arange(len(dataset)))[0], "cpu")
 
 
+RATIO = str(ROOT / "assets" / "digits-ratio.pt")
+FRESH = 1_000_000  # seeds of the samples begin here
+
+
 @functools.cache
 def fresh_samples(seed, n=1797):
     """Samples [n, 1, 8, 8] of the generator in assets/, of noise that no training has used."""
     net = checkpoints.load_network(sample.DIGITS, role="generator")
-    return torch.cat([x for x, _ in sample.in_batches(net, range(n), seed_of(seed), "cpu", 600)])
-
-
-def seed_of(seed):
-    return 1_000_000 + seed
-
-
-def ratio_network():
-    return checkpoints.load_network(str(ROOT / "assets" / "digits-ratio.pt"), role="ratio").eval()
+    return torch.cat([x for x, _ in sample.in_batches(net, range(n), FRESH + seed, "cpu", 600)])
 
 
 @torch.no_grad()
@@ -124,16 +115,11 @@ def logits(ratio, x, sigma, seed):
     return torch.cat([ratio(part, level) for part, level in parts])
 
 
-def training_levels(n, key):
-    """Noise levels [n] as stage 2 draws them."""
-    return (torch.randn(n, generator=training.rng("cpu", key, "warm-up levels")) * 1.2 - 1.2).exp()
-
-
 def both_logits(seed, noises):
     """Iterator over (sigma, logits of the data, logits of fresh samples), each [1797], once per draw of the noise."""
-    ratio, real, fake = ratio_network(), real_digits(), fresh_samples(seed)
+    ratio, real, fake = checkpoints.load_network(RATIO), real_digits(), fresh_samples(seed)
     for key in range(100 * seed, 100 * seed + noises):
-        sigma = training_levels(len(real), key)
+        sigma = (torch.randn(len(real), generator=training.rng("cpu", key, "warm-up levels")) * 1.2 - 1.2).exp()  # as in stage 2
         yield sigma, logits(ratio, real, sigma, 2 * key), logits(ratio, fake, sigma, 2 * key + 1)
 
 
@@ -152,7 +138,8 @@ def read_log(seed, noises, log=None):
         with reading(log, "a log.jsonl of stage 2", "give the one beside a ratio.pt"):
             last = json.loads(Path(log).read_text().splitlines()[-1])["bands"]
     rows = []
-    for i, (band, found) in enumerate(band_statistics(sums)[0].items()):
+    record, _ = training.stage2_line({"bands": sums, "generator_loss": torch.zeros(())}, 1)
+    for i, (band, found) in enumerate(record["bands"].items()):
         of_data, of_samples = (right[1:, i] / right[0, i]).tolist()
         row = {"sigma": band, "right, data": of_data, "right, samples": of_samples, "right": found["accuracy"]}
         row["ln 2 - cross-entropy"] = math.log(2) - found["loss"]
@@ -165,7 +152,7 @@ def calibration(seed, noises):
 
     The standard error is over images (each the mean over its noises), not over draws of noise.
     """
-    ratio, real, fake, rows = ratio_network(), real_digits(), fresh_samples(seed), []
+    ratio, real, fake, rows = checkpoints.load_network(RATIO), real_digits(), fresh_samples(seed), []
     for level in (0.05, 0.2, 0.5, 2.0):
         sigma, row, keys = torch.full((len(real),), level), {"sigma": level}, range(100 * seed, 100 * seed + noises)
         of_q = torch.stack([logits(ratio, fake, sigma, 2 * key).exp() for key in keys]).mean(dim=0)
@@ -190,42 +177,28 @@ def reliability(seed, noises, bins=(0.0, 0.45, 0.48, 0.5, 0.52, 0.55, 1.0)):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Sampling: distances of 898 samples (half as many as there are data) from the data, in the classifier's features and in those
-# of stage 1. Fewer samples are farther away: compare equal numbers only.
+# ---- Sampling: distances of 898 samples from the 1797 digits -----------------------------------------
 
 STAGE1 = ROOT / "runs" / "digits" / "pretrain" / "network.pt"
 
 
 class Distances:
-    """Fréchet distances of images [n, 1, 8, 8] from the digits: `distances(x)` is {view: number}."""
+    """`distances(x)` of images [n, 1, 8, 8] is {features: Fréchet distance from the digits}."""
 
     def __init__(self, stage1):
         if not Path(stage1).exists():
             raise UserError(f"{stage1} is missing: run `make demo` first, or `python pretrain.py`, or give --pretrained PATH")
-        self.rt, digits = training.Runtime(torch.device("cpu")), data.load("digits")
-        views = [classifier.extractor(classifier.load(digits), digits), fid.network_features(self.rt, str(stage1))]
-        self.views = dict(zip(("classifier", "stage 1"), views))
-        self.reference = {name: fid.reference_statistics(view, digits, self.rt) for name, view in self.views.items()}
-        self.net = checkpoints.load_network(str(stage1), role="denoiser").eval()
+        self.measures = measure.Measures("digits", stage1)
+        self.net = checkpoints.load_network(stage1, role="denoiser")
 
     def __call__(self, x):
-        images, found = np.array_split(data.to_uint8(x), 4), {}
-        for name, view in self.views.items():
-            found[name] = fid.frechet_distance(fid.measure(view, images, self.rt), self.reference[name])
-        return found
+        images, names = data.to_uint8(x), {"classifier": "classifier", "stage1": "stage 1"}
+        return {names[view]: self.measures.distance(view, self.measures.features(view, images)) for view in self.measures.views}
 
 
 def noise(seed, n=898):
-    """Standard normal z [n, 1, 8, 8]: image i of a seed, as sample.py draws it."""
-    return sample.inputs(checkpoints.load_network(sample.DIGITS).config, range(n), seed_of(seed), "cpu")[0]
-
-
-def timed(draw, distances):
-    """{view: distance, "seconds": time} of the images that `draw()` makes."""
-    start = time.monotonic()
-    x = draw()
-    return {"seconds": time.monotonic() - start, **distances(x)}
+    """Standard normal z [n, 1, 8, 8], as `fresh_samples` has it. (Fewer samples are farther from the data.)"""
+    return sample.inputs(checkpoints.load_network(sample.DIGITS), range(n), FRESH + seed, "cpu")[0]
 
 
 @torch.no_grad()
@@ -239,11 +212,9 @@ def price(seed, distances):
     """Heun with few steps against one step of the generator in assets/."""
     z, rows = noise(seed), []
     for steps in (3, 5, 9, 18):
-        row = timed(lambda: sample.heun(distances.net, z, steps=steps), distances)
-        rows.append({"sampler": f"Heun, {steps} steps", "evaluations": 2 * steps - 1, **row})
-    fresh_samples.cache_clear()
-    row = timed(lambda: fresh_samples(seed, len(z)), distances)
-    return rows + [{"sampler": "one step, after stage 2", "evaluations": 1, **row}]
+        found = distances(sample.heun(distances.net, z, steps=steps))
+        rows.append({"sampler": f"Heun, {steps} steps", "evaluations": 2 * steps - 1, **found})
+    return rows + [{"sampler": "one step, after stage 2", "evaluations": 1, **distances(fresh_samples(seed, len(z)))}]
 
 
 @torch.no_grad()
@@ -258,8 +229,7 @@ def two_steps(seed, distances):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The command line.
+# ---- The command line --------------------------------------------------------------------------------
 
 CLOSED = {"wrong-loss": wrong_loss, "realism": realism}
 READING = {"log": read_log, "calibration": calibration, "reliability": reliability}
@@ -273,27 +243,26 @@ def table(seeds):
             return f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.2g}"
         return f"{values[0]:.4g}" if isinstance(values[0], float) else str(values[0])
 
-    lines = [f"| {' | '.join(seeds[0][0])} |", "|---" * len(seeds[0][0]) + "|"]
+    names = [f"FD ({key})" if key in ("classifier", "stage 1") else key for key in seeds[0][0]]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for same in zip(*seeds):
         lines.append(f"| {' | '.join(show([row[key] for row in same]) for key in same[0])} |")
     return "\n".join(lines)
 
 
 def main():
-    parser = training.Parser(__doc__)
+    parser = training.Parser(__doc__, dict(
+        seeds=(1, "seeds of the noise, 0 to N - 1"),
+        noises=(10, f"draws of noise per image: {', '.join(READING)}"),
+        log=(None, "a log.jsonl of stage 2, to print beside the table `log`", str),
+        pretrained=(str(STAGE1), "the stage-1 network of the last three"),
+        json=(None, "append a line of JSON per row to this file", str)))
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of {', '.join([*CLOSED, *READING, *SAMPLING])}")
-    whole = training.positive(int)
-    parser.add_argument("--seeds", type=whole, default=1, metavar="N", help="seeds of the noise, 0 to N - 1")
-    parser.add_argument("--noises", type=whole, default=10, metavar="N", help=f"draws of noise per image: {', '.join(READING)}")
-    parser.add_argument("--log", metavar="PATH", help="a log.jsonl of stage 2, to stand beside the table `log`")
-    parser.add_argument("--pretrained", default=STAGE1, metavar="PATH", help="the stage-1 network of the last three")
-    parser.add_argument("--json", metavar="PATH", help="append a line of JSON per row to this file")
     args = parser.parse_args()
     every = {**CLOSED, **READING, **SAMPLING}
     names = list(every if "all" in args.names else args.names or {**CLOSED, **READING})
-    for name in names:
-        if name not in every:
-            parser.error(f"{name}: unknown; choose among all, {', '.join(every)}")
+    if unknown := set(names) - set(every):
+        parser.error(f"{min(unknown)}: unknown; choose among all, {', '.join(every)}")
     distances = Distances(args.pretrained) if set(names) & set(SAMPLING) else None
     for name in names:
         extra = {"noises": args.noises} if name in READING else {"distances": distances} if name in SAMPLING else {}
