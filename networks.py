@@ -38,7 +38,7 @@ class Config:
     img_channels: int = 3
     label_dim: int = 0  # number of classes, 0 = unconditional
     model_channels: int = 128  # base channels
-    channel_mult: tuple = (2, 2, 2)  # times base channels; highest resolution first
+    channel_mult: tuple = (2, 2, 2)  # of each level, highest resolution first
     num_blocks: int = 4  # residual blocks per level
     attn_resolutions: tuple = (16,)  # resolutions with self-attention
     dropout: float = 0.0  # probability
@@ -141,7 +141,7 @@ class GroupNorm(nn.GroupNorm):
         if self.weight.requires_grad and not x.requires_grad:
             x = x.contiguous()  # after a frozen encoder PyTorch 2.13 crashes: CPU, channels-last
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        # Autocast would return float32, and autograd would keep it; the sums are float32 anyway.
+        # Autocast would return float32, which autograd keeps. The sums are float32 in any case.
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
@@ -219,7 +219,7 @@ class NoiseEmbedding(nn.Module):
 class EDMBlock(nn.Module):
     """Residual block: x [N, cin, H, W], emb [N, 4 model_channels] -> [N, cout, H', W'].
 
-    mode: "keep", "down" or "up", as in `resample`. `decoder` makes no difference.
+    mode: "keep", "down" or "up", as in `resample`. decoder: for EDM2; makes no difference here.
     """
 
     def __init__(self, config, cin, cout, mode="keep", attend=False, decoder=False):
@@ -311,7 +311,7 @@ class MPFourier(nn.Module):
 
 
 class EDM2Block(nn.Module):
-    """Residual block of EDM2, called as `EDMBlock`; emb is as wide as the widest level."""
+    """Residual block of EDM2, with the arguments of `EDMBlock`. emb: as wide as the widest level."""
 
     def __init__(self, config, cin, cout, mode="keep", attend=False, decoder=False):
         super().__init__()
@@ -394,7 +394,6 @@ class UNet(nn.Module):
         # Encoder.
         block = functools.partial(EDM2Block if edm2 else EDMBlock, config)
         channels, aux = top if edm2 or adm else base, image
-        # In EDM2 a channel of ones, added to the image, replaces biases.
         first = MPConv(image + 1, channels, 3) if edm2 else Conv2d(config, image, channels, 3)
         self.enc = nn.ModuleDict({f"{levels[0][0]}_conv": first})
         skips = [channels]  # channels of the encoder's outputs
@@ -460,7 +459,7 @@ class UNet(nn.Module):
     def encode(self, x, emb):
         """c_in x [N, C, H, W] and the embedding -> the encoder's outputs, first to last."""
         outputs, aux = [], x
-        if self.edm2:
+        if self.edm2:  # a channel of ones replaces biases
             x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         for name, module in self.enc.items():
             if name.endswith("_conv"):
@@ -499,7 +498,7 @@ class UNet(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """The preconditioned denoiser D(x; sigma), EDM, Equation 7; at fixed sigma, a generator."""
+    """The preconditioned denoiser D(x; sigma) of EDM (Equation 7); at fixed sigma a generator."""
 
     def __init__(self, config):
         super().__init__()
@@ -536,9 +535,10 @@ class Denoiser(nn.Module):
 class RatioNetwork(nn.Module):
     """The logit h(x, sigma) = log p_sigma(x) / q_sigma(x): data density over generator density.
 
-    sigmoid(h) is the probability that x is noised data rather than a noised sample. The denoiser's
-    encoder, GroupNorm, SiLU, the mean over positions and a linear layer that starts at zero. (The
-    paper, arXiv 2502.08005, says "U-Net encoder + sigmoid"; the head is our choice.)
+    sigmoid(h) is the probability that x is noised data rather than a noised sample. The network is
+    the denoiser's encoder and a head: GroupNorm, SiLU, the mean over positions and a linear layer
+    that starts at zero. (The paper, arXiv 2502.08005, says "U-Net encoder + sigmoid" and leaves the
+    head open; this one is our choice.)
     """
 
     def __init__(self, config):
@@ -566,10 +566,10 @@ class RatioNetwork(nn.Module):
 
 
 def memory_format(config, device_type, compiled=False):
-    """The memory format in which a network of this configuration is fastest: channels-last.
+    """The memory format in which a network of this configuration is fastest.
 
-    But GroupNorm's GPU kernel takes only NCHW, so activations would be copied before and after each
-    norm. EDM2 has no norms, and the compiler writes its own.
+    It is channels-last, except with GroupNorm on GPUs: that kernel takes only NCHW, so activations
+    would be copied before and after each norm. EDM2 has no norms; the compiler writes its own.
     """
     channels_last = compiled or device_type == "cpu" or config.architecture == "edm2"
     return torch.channels_last if channels_last else torch.contiguous_format
@@ -587,7 +587,8 @@ def place(net, device, compiled=False):
 def update_ema(ema, net, batch, halflife, nimg=math.inf):
     """Update `ema`, the exponential moving average of the weights, after a step of `batch` images.
 
-    halflife: in images, at most 5 % of the `nimg` seen so far (as EDM); early weights soon fade.
+    halflife: in images. It is limited to 5 % of the `nimg` images seen so far, as in EDM, so that
+    the first weights fade quickly.
     """
     beta = 0.5 ** (batch / max(min(halflife, 0.05 * nimg), 1e-8))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
