@@ -311,7 +311,7 @@ class MPFourier(nn.Module):
 
 
 class EDM2Block(nn.Module):
-    """Residual block of EDM2, with the arguments of `EDMBlock`. emb: as wide as the widest level."""
+    """Residual block of EDM2, arguments as in `EDMBlock`. emb has the width of the widest level."""
 
     def __init__(self, config, cin, cout, mode="keep", attend=False, decoder=False):
         super().__init__()
