@@ -117,10 +117,9 @@ def in_batches(net, indices, seed, device, batch, label=None, steps=18):
 
 
 def pick(h, indices, seed):
-    """Resample one of K candidates by log ratios h [n, K]: its number [n], effective size [n].
+    """Keep one of K candidates with probability proportional to exp(h), h [n, K].
 
-    Candidate k is kept with probability proportional to exp(h_k). The chance depends on the seed
-    and the image's index alone. The effective sample size is 1 to K.
+    Returns its number [n] and the effective sample size of the weights [n], from 1 to K.
     """
     weights = h.double().softmax(dim=1)
     draws = [random_state(seed, i, "choice").random_sample() for i in indices]
@@ -132,9 +131,8 @@ def pick(h, indices, seed):
 def choose(net, ratio, indices, seed, device, candidates, sigma, label=None, steps=18):
     """Inference-time scaling (arXiv 2502.08005, v5): draw candidates, keep one by the ratio.
 
-    The weights are exp(h), the estimated ratio of data to generator density at noise level sigma
-    (importance resampling); docs/method.md, section 5, says how far that corrects the samples.
-    Returns images [n, C, H, W], labels [n] or None, and the effective sample size [n].
+    Importance resampling with exp(h) at noise level sigma (docs/method.md, section 5). Returns
+    images [n, C, H, W], labels [n] or None, and the effective sample size [n].
     """
     images, logits = [], []
     for k in range(candidates):
@@ -148,10 +146,7 @@ def choose(net, ratio, indices, seed, device, candidates, sigma, label=None, ste
 
 
 def preview(net, run, seed):
-    """Write a grid of up to 64 samples while training, fewer at its very start.
-
-    Of latents, the first three channels stand for RGB.
-    """
+    """Write a grid of up to 64 samples while training; of latents, three channels as RGB."""
     n = min(64, run.nimg // 100)
     if not n or not run.rt.is_main:
         return
@@ -190,11 +185,9 @@ def latent_decoder(device, vae=VAE):
 def load_ratio(path, net, network):
     """The ratio network of a file, if it was trained with `net`, the generator of `network`."""
     ratio = checkpoints.load_network(path, role="ratio")
-    same = all(getattr(ratio.config, key) == getattr(net.config, key)
-               for key in ("img_resolution", "img_channels", "label_dim"))
-    told = {key: (net.about[key], ratio.about[key]) for key in ("nimg", "divergence")
-            if key in net.about and key in ratio.about}
-    if not same or any(a != b for a, b in told.values()):
+    a, b = ({**vars(each.config), **each.about} for each in (ratio, net))
+    keys = ("img_resolution", "img_channels", "label_dim", "nimg", "divergence")
+    if any(a.get(key) != b.get(key) for key in keys):
         raise UserError(f"{path} was not trained with {network}; give the ratio.pt beside it")
     return ratio
 

@@ -30,14 +30,11 @@ _signals = argparse.Namespace(in_step=False, number=0, time=0.0)  # the first th
 
 
 class Stopped(BaseException):
-    """A signal ends the script where nothing is lost. Arguments: the line to print, the signal."""
+    """A signal ends the script where nothing is lost. Arguments: the line, the signal."""
 
 
 def run(main):
-    """Call `main()`. Bad input becomes one line on standard error and exit code 2, no traceback.
-
-    A signal gives 128 + its number (SIGINT 130, SIGTERM 143).
-    """
+    """Call `main()`. Bad input is one line and exit code 2; a signal n is 128 + n."""
     try:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -202,8 +199,7 @@ class Runtime:
 def start(device="auto", precision="fp32", alone=False, batch=None, micro_batch=None):
     """A `Runtime`: join the ranks that torchrun started, choose device and precision.
 
-    precision: "fp32" (TF32 stays off), "bf16", "fp16" or "auto": bf16 on GPUs that compute in it,
-    fp16 on older ones, fp32 on the CPU. alone: for scripts that do not share work among ranks.
+    alone: for scripts that do not share their work among ranks.
     """
     rank, world_size = _place()
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
@@ -424,13 +420,12 @@ class Run:
         if state["kind"] != f"training state of {self.stage}":
             raise UserError(f"a {state['kind']}, not of {self.stage}; choose another --outdir")
         if state.get("format") != FORMAT:
-            raise UserError("this run was started by another version of the project; finish it "
-                            "with that version or choose another --outdir")
+            raise UserError("started by another version of the project; finish it with that one or "
+                            "choose another --outdir")
         for key, new in self.settings.items():
             if (old := state["settings"].get(key)) != new:
-                flag = "--" + key.replace("_", "-")
-                raise UserError(f"{self.path} was trained with {flag} {old}, not {new}; "
-                                f"continue with {old} or choose another --outdir")
+                raise UserError(f"{self.path} was trained with --{key.replace('_', '-')} {old}, "
+                                f"not {new}; continue with {old} or choose another --outdir")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.nimg, self.logged_nimg = state["nimg"], state["logged_nimg"]
@@ -474,12 +469,10 @@ class Run:
             self.sums[name] = value.detach().double() + self.sums.get(name, 0)
 
     def _rows(self):
-        """{name: the sums of each rank, [ranks, ...] float64 on the CPU}."""
-        rows = {}
-        for name, value in sorted(self.sums.items()):
-            rows[name] = value.new_zeros(self.rt.world_size, *value.shape)
-            rows[name][self.rt.rank] = value
-        return {name: self.rt.sum(row).cpu() for name, row in rows.items()}
+        """{name: the sums of each rank, [ranks, ...] float64}, for a resumption to the last bit."""
+        mine = torch.arange(self.rt.world_size, device=self.rt.device) == self.rt.rank
+        return {name: self.rt.sum(torch.stack([value * here for here in mine])).cpu()
+                for name, value in sorted(self.sums.items())}
 
     def pop_sums(self):
         """({name: sum over ranks} of what was added since the last call, the number of images)."""
@@ -489,9 +482,7 @@ class Run:
 
     def report(self, record, text):
         """Write a log line with the speed, and print `text`. NaN or infinity ends the run."""
-        for key, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                self._diverged(f"{key} is {value}")
+        self._check({k: torch.tensor(v) for k, v in record.items() if isinstance(v, float)})
         (before, nimg), self.last = self.last, (time.monotonic(), self.nimg)
         rate = (self.nimg - nimg) / max(self.last[0] - before, 1e-9)
         left = datetime.timedelta(seconds=int((self.total_nimg - self.nimg) / max(rate, 1e-9)))
@@ -500,6 +491,13 @@ class Run:
         self.write({**record, "images_per_second": rate},
                    f"{self.nimg / 1000:.1f}/{self.total_nimg / 1000:.0f} kimg  "
                    f"{rate:.0f} images/s  {left} left  {text}")
+
+    def _check(self, tensors):
+        for name, value in tensors.items():
+            if not value.isfinite().all():
+                raise UserError(f"{name} is not finite at {self.nimg / 1000:g} kimg: training "
+                                "diverged; nothing of it is saved. Try a lower --lr, or --precision "
+                                "fp32 if it was another")
 
     def write(self, record, text):
         """Write a log line, with the number of images seen, and print `text`."""
@@ -514,12 +512,6 @@ class Run:
         here = any(name in record for record in self.log if record["nimg"] == self.nimg)
         return bool(self.rt.agree(self.rt.is_main and not here))
 
-    def _diverged(self, what):
-        kept = f"the last checkpoint in {self.dir} is untouched; " if self.path.exists() else ""
-        remedy = "" if self.rt.precision == "fp32" else " or --precision fp32"
-        raise UserError(f"{what} at {self.nimg / 1000:g} kimg: training diverged; {kept}"
-                        f"try a lower --lr{remedy}")
-
     def save(self, write_networks):
         """On the first rank write the network files by `write_networks()`, then the checkpoint.
 
@@ -527,8 +519,7 @@ class Run:
         the next step, a signal ends the script.
         """
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        if not all(bool(v.isfinite().all()) for v in state["ema"].values()):
-            self._diverged("the weights are not finite")
+        self._check(state["ema"])
         sums = self._rows()
         if self.rt.is_main:
             write_networks()

@@ -42,8 +42,10 @@ def test_stage_2_brings_samples_closer_to_the_data(call, stage1, tmp_path):
     reference, _ = fid.measure_dataset(extractor, digits, rt)
 
     def distance(net):
-        images = (data.to_uint8(x) for x, _ in sample.in_batches(net, range(512), 0, rt.device, 128))
-        return fid.frechet_distance(fid.measure(extractor, images, rt), reference)
+        def read(indices):
+            return data.to_uint8(sample.generate(net, *sample.inputs(net, indices, 0, rt.device)))
+
+        return fid.frechet_distance(fid.measure(extractor, read, 512, rt)[0], reference)
 
     before = checkpoints.load_network(stage1 / "network.pt")
     before.about = {"role": "generator", "t_init": 2.5}
