@@ -64,29 +64,22 @@ class Conv(nn.Module):
         return F.relu_(self.bn(self.conv(x)))
 
 
-def average(x):
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def maximum(x):
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
-def halve(x):
-    return F.max_pool2d(x, 3, stride=2)
+AVERAGE = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+MAXIMUM = nn.MaxPool2d(3, stride=1, padding=1)
+HALVE = nn.MaxPool2d(3, stride=2)
 
 
 # Blocks: {branch: layers}. A layer is a pooling, a convolution (channels, kernel[, stride]), or two
 # that read the same input. Of several convolutions in a branch, number i is called `branch_i`.
 def block_a(c):
     return {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)],
-            "branch3x3dbl": [(64, 1), (96, 3), (96, 3)], "branch_pool": [average, (c, 1)]}
+            "branch3x3dbl": [(64, 1), (96, 3), (96, 3)], "branch_pool": [AVERAGE, (c, 1)]}
 
 
 def block_c(c):
     return {"branch1x1": [(192, 1)], "branch7x7": [(c, 1), (c, (1, 7)), (192, (7, 1))],
             "branch7x7dbl": [(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))],
-            "branch_pool": [average, (192, 1)]}
+            "branch_pool": [AVERAGE, (192, 1)]}
 
 
 def block_e(pool):
@@ -98,13 +91,13 @@ def block_e(pool):
 MIXED = {
     "Mixed_5b": block_a(32), "Mixed_5c": block_a(64), "Mixed_5d": block_a(64),
     "Mixed_6a": {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)],
-                 "pool": [halve]},
+                 "pool": [HALVE]},
     "Mixed_6b": block_c(128), "Mixed_6c": block_c(160), "Mixed_6d": block_c(160),
     "Mixed_6e": block_c(192),
     "Mixed_7a": {"branch3x3": [(192, 1), (320, 3, 2)],
                  "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)],
-                 "pool": [halve]},
-    "Mixed_7b": block_e(average), "Mixed_7c": block_e(maximum),  # the graph of 2015 has a maximum
+                 "pool": [HALVE]},
+    "Mixed_7b": block_e(AVERAGE), "Mixed_7c": block_e(MAXIMUM),  # the graph of 2015 has a maximum
 }
 
 
@@ -116,16 +109,15 @@ class Mixed(nn.Module):
         self.branches, self.channels = [], 0
         for branch, layers in branches.items():
             steps, width = [], channels  # each step: what reads the output of the step before
-            numbered = len(layers) > 1 and branch != "branch_pool"
             for i, layer in enumerate(layers, 1):
-                if callable(layer):
-                    steps.append([layer])
-                    continue
                 fork = layer if isinstance(layer, list) else [layer]
-                steps.append([Conv(width, *shape) for shape in fork])
-                for letter, conv in zip("ab" if len(fork) > 1 else [""], steps[-1]):
-                    self.add_module(f"{branch}_{i}{letter}" if numbered else branch, conv)
-                width = fork[0][0]
+                steps.append([c if callable(c) else Conv(width, *c) for c in fork])
+                if not callable(layer):
+                    width = fork[0][0]
+                    numbered = len(layers) > 1 and branch != "branch_pool"
+                    name = f"{branch}_{i}" if numbered else branch
+                    for letter, conv in zip("ab" if len(fork) > 1 else [""], steps[-1]):
+                        self.add_module(name + letter, conv)
             self.branches.append(steps)
             self.channels += width * len(steps[-1])
 
@@ -156,8 +148,8 @@ class Inception(nn.Module):
         self.fc = nn.Linear(channels, 1008)
 
     def forward(self, x):
-        x = halve(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
-        x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
+        x = HALVE(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
+        x = HALVE(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
         for name in MIXED:
             x = getattr(self, name)(x)
         x = x.mean(dim=(2, 3))
@@ -167,9 +159,9 @@ class Inception(nn.Module):
         """Fold each BatchNorm into its convolution, in float64; for inference only."""
         for module in self.eval().requires_grad_(False).modules():
             if isinstance(module, Conv):
-                module.conv = fuse_conv_bn_eval(module.conv.double(), module.bn.double()).float()
+                module.conv = fuse_conv_bn_eval(module.conv.double(), module.bn.double())
                 module.bn = nn.Identity()
-        return self
+        return self.float()
 
 
 def file_shapes(net):
@@ -226,24 +218,22 @@ def load_extractor(rt, features=None, weights=None):
 def inception(rt, path=None):
     """Inception's features. path: its weights; None: the file in torch's hub cache, or a download.
 
-    A given file of another hash is used with a warning.
+    Weights of another hash than the published ones are used with a warning.
     """
-    given = path is not None
-    path = Path(path if given else f"{torch.hub.get_dir()}/checkpoints/{INCEPTION_FILE}")
-    if not given and not path.exists():
-        files.download(INCEPTION_URL + INCEPTION_FILE, path, "sha256", INCEPTION_HASH)
-    with files.reading(path, "the weights of Inception v3", f"get {INCEPTION_URL}{INCEPTION_FILE}"):
-        tag, found = INCEPTION_TAG, files.file_hash(path)
-        if not found.startswith(INCEPTION_HASH):
-            wrong = f"{path}: SHA-256 {found[:8]}..., expected {INCEPTION_HASH}"
-            if not given:
-                raise UserError(f"{wrong}; delete it and it will be downloaded again")
-            tag = f"inception sha256:{found[:16]}"
-            if rt.is_main:
-                print(f"warning: {wrong}: not comparable with published FIDs", file=sys.stderr)
-        with torch.device("meta"):  # no memory for weights that are replaced
-            net = Inception()
-        net.load_state_dict(files.load_plain(path, "a file of weights"), assign=True)
+    url, cached = INCEPTION_URL + INCEPTION_FILE, f"{torch.hub.get_dir()}/checkpoints/"
+    file = Path(path or cached + INCEPTION_FILE)
+    if not path and not file.exists():
+        files.download(url, file, "sha256", INCEPTION_HASH)
+    with torch.device("meta"):  # no memory for weights that are replaced
+        net = Inception()
+    with files.reading(file, "the weights of Inception v3", f"get {url}"):
+        net.load_state_dict(files.load_plain(file, "a file of weights"), assign=True)
+        tag, found = INCEPTION_TAG, files.file_hash(file)
+    if not found.startswith(INCEPTION_HASH):
+        tag = f"inception sha256:{found[:16]}"
+        if rt.is_main:
+            print(f"warning: {file}: SHA-256 {found[:8]}..., not {INCEPTION_HASH}: the results do "
+                  "not compare with published ones", file=sys.stderr)
     net.fuse().to(rt.device, memory_format=torch.channels_last)
 
     def function(images):
@@ -295,17 +285,16 @@ class Statistics:
     def __post_init__(self):
         mu, sigma, rows = self.mu, self.sigma, self.rows
         with files.reading(self.name or "statistics", "statistics of features", "make them again"):
-            if mu.dtype.kind + sigma.dtype.kind != "ff" or sigma.shape != 2 * mu.shape:
-                raise ValueError(f"{mu.dtype} {list(mu.shape)}, {sigma.dtype} {list(sigma.shape)}; "
-                                 "expected float64 [d] and [d, d]")
-            largest = np.abs(sigma).max()
-            if not np.isfinite(np.abs(mu).max() + largest):
-                raise ValueError("mu or sigma holds NaN or infinity")
-            if max(np.abs(sigma - sigma.T).max(), -sigma.diagonal().min()) > 1e-5 * largest:
-                raise ValueError("sigma is not symmetric, or has a negative variance")
-            if rows is not None and ((rows.dtype, rows.shape[1:]) != (np.float32, mu.shape)
-                                     or not np.isfinite(rows).all()):
-                raise ValueError(f"rows: expected finite float32 [m, {len(mu)}]")
+            if not (mu.dtype.kind + sigma.dtype.kind == "ff" and sigma.shape == 2 * mu.shape
+                    and np.isfinite(mu).all() and np.isfinite(sigma).all()
+                    and np.abs(sigma - sigma.T).max() <= 1e-5 * np.abs(sigma).max()
+                    and sigma.diagonal().min() >= -1e-5 * np.abs(sigma).max()):
+                raise ValueError(f"mu {mu.dtype} {list(mu.shape)}, sigma {sigma.dtype} "
+                                 f"{list(sigma.shape)}: expected finite float64 [d] and a "
+                                 "covariance [d, d]")
+            if rows is not None and not (rows.dtype == np.float32 and rows.shape[1:] == mu.shape
+                                         and np.isfinite(rows).all()):
+                raise ValueError(f"expected finite float32 rows [m, {len(mu)}]")
         self.mu, self.sigma = mu.astype(np.float64), sigma.astype(np.float64)
 
     @classmethod
@@ -324,13 +313,13 @@ class Statistics:
         """Read a `.npz` of `mu` and `sigma`; without `features` they are Inception's."""
         what = "a readable .npz of statistics `mu` and `sigma`"
         with files.reading(path, what), np.load(path, allow_pickle=False) as file:
+            mu, sigma, rows = file["mu"], file["sigma"], file.get("rows")
             types = dict(features=str, n=int, name=str, hash=str)
             about = {key: kind(file[key].item()) for key, kind in types.items() if key in file}
-            if "features" not in about and file["mu"].shape != (2048,):
-                raise UserError(f"does not say which features it holds; mu is {file['mu'].shape}, "
-                                "Inception's is (2048,)")
+            if "features" not in about and len(mu) != 2048:
+                raise UserError(f"does not say which features it has: {len(mu)}, Inception's 2048")
             about = {"features": "inception", "name": str(path), **about}
-            return cls(file["mu"], file["sigma"], **about, rows=file.get("rows"))
+            return cls(mu, sigma, rows=rows, **about)
 
     def check(self, tag, dim, other):
         """Raise unless these are `dim` features of the kind `tag`, which `other` has."""
@@ -392,12 +381,12 @@ def measure_dataset(extractor, dataset, rt, batch=64, indices=None):
     """`measure` of a data set, or of its images at `indices`."""
     check_images(extractor, dataset)
     content = dataset.fingerprint() if indices is None else ""
-    indices = np.arange(len(dataset)) if indices is None else indices
+    places = np.arange(len(dataset)) if indices is None else indices
 
-    def read(places):
-        return dataset.batch(indices[places])[0]
+    def read(part):
+        return dataset.batch(places[part])[0]
 
-    return measure(extractor, read, len(indices), rt, batch, dataset.name, content)
+    return measure(extractor, read, len(places), rt, batch, dataset.name, content)
 
 
 def reference_statistics(extractor, dataset, rt, batch=64):
@@ -419,18 +408,17 @@ def reference_statistics(extractor, dataset, rt, batch=64):
 def check_images(extractor, *datasets):
     """Raise unless all hold two images or more, of one size that `extractor` reads."""
     sizes = [f"{d.name} has {d.resolution}x{d.resolution}" for d in datasets]
-    for dataset in datasets:
-        if dataset.is_latent:
-            raise UserError(f"{dataset.name}: holds latents; decode them, FID needs images")
-        if len(dataset) < 2:
-            raise UserError(f"{dataset.name}: has 1 image; a covariance needs at least 2")
-        if dataset.resolution != datasets[0].resolution:
+    for d in datasets:
+        if d.is_latent:
+            raise UserError(f"{d.name}: holds latents; FID needs images, so decode them first")
+        if len(d) < 2:
+            raise UserError(f"{d.name}: has 1 image; a covariance needs at least 2")
+        if d.resolution != datasets[0].resolution:
             raise UserError(f"images of different sizes: {', '.join(sizes)}; give --resolution N")
-    for dataset in datasets:
-        shape = dataset.images.shape[1:]
-        if extractor.shape and shape != extractor.shape:
-            raise UserError(f"{dataset.name}: images [H, W, C] {list(shape)}, but {extractor.name} "
-                            f"is for {list(extractor.shape)}; use a network for such images")
+    for d in datasets:
+        if extractor.shape not in (None, d.images.shape[1:]):
+            raise UserError(f"{d.name}: images [H, W, C] {list(d.images.shape[1:])}, but "
+                            f"{extractor.name} is for {list(extractor.shape)}; use another network")
 
 
 def split_half(n, seed=0):
@@ -551,7 +539,7 @@ def training_fid(args, dataset, run, net, write_networks):
     reference.check(extractor.tag, extractor.dim, extractor.name)
 
     def read(indices):
-        z, labels = sample.inputs(net.config, indices, args.seed, rt.device)
+        z, labels = sample.inputs(net, indices, args.seed, rt.device)
         return decode(sample.generate(net, z, labels))
 
     def log_fid():
@@ -607,16 +595,16 @@ def main():
     def measured(side, given, images):
         """(`Statistics`, Inception Score or None) of one side."""
         if given and images is not None:
-            rows = reference_statistics(extractor, images, rt, args.batch).rows
-            given = dataclasses.replace(given, rows=rows)
+            kept = reference_statistics(extractor, images, rt, args.batch)
+            return dataclasses.replace(given, rows=kept.rows), None
         if given:
             return given, None
+        chosen = None
         if args.count and args.count < len(images):
             order = torch.randperm(len(images), generator=training.rng("cpu", args.seed, side))
             chosen = np.sort(order[: args.count].numpy())
+        if side == "samples" or chosen is not None:
             return measure_dataset(extractor, images, rt, args.batch, chosen)
-        if side == "samples":
-            return measure_dataset(extractor, images, rt, args.batch)
         if a.hash == images.fingerprint():  # a set against itself
             return dataclasses.replace(a, name=images.name), None
         return reference_statistics(extractor, images, rt, args.batch), None
