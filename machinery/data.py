@@ -1,6 +1,6 @@
 """Data sets in, pictures out. Nothing in a file is executed.
 
-A data set is held in memory; a large folder or zip is converted once into the cache and mapped.
+A large folder or zip is converted once to a file in the cache, which is mapped.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageOps
 
-from machinery.files import UserError, atomic, cache_dir, download, reading, status
+from machinery.files import UserError, atomic, cache_dir, download, reading
 from machinery.training import rng
 
 DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
@@ -37,14 +37,13 @@ DOWNLOADS = {  # address, {file: MD5}
         "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
     }),
 }
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-SUFFIXES += (".avif",) if features.check("avif") else ()
+SUFFIXES = tuple(".png .jpg .jpeg .jfif .bmp .webp .gif .tif .tiff .avif".split())
 MEMORY_LIMIT = 256 * 2**20  # bytes; larger folders and zips are mapped
 VERSION = 2  # of the cache; raise it when files are decoded to other pixels
 RESIZE = "--resolution N cuts out the middle of each image and resizes it"
 
-# EDM2's statistics of Stable Diffusion's latents, per channel; networks see a deviation of 0.5.
-LATENT_MEAN, LATENT_STD, LATENT_SCALE = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), 0.5
+# EDM2's means and standard deviations of the channels of Stable Diffusion's latents.
+LATENTS = torch.tensor([[5.81, 3.25, 0.12, -2.15], [4.17, 4.62, 3.71, 3.28]]).view(2, 1, 4, 1, 1)
 
 
 class Dataset:
@@ -56,14 +55,12 @@ class Dataset:
     """
 
     def __init__(self, name, images, labels=None, classes=None, label_error=None):
-        _check(images)
         if labels is not None:
-            fits = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
-            if not fits or labels.min() < 0:
+            if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
                 raise UserError(f"labels {labels.dtype} {list(labels.shape)} do not match "
                                 f"{len(images)} images; give each an integer from 0 on")
             labels = labels.astype(np.int64)
-        self.name, self.images, self.labels = name, images, labels
+        self.name, self.images, self.labels = name, _check(images), labels
         self.classes, self.label_error, self.hash = classes, label_error, None
         self.label_dim = 0 if labels is None else int(labels.max()) + 1  # number of classes
         self.is_latent = images.dtype == np.float32
@@ -74,7 +71,7 @@ class Dataset:
         return len(self.images)
 
     def require_labels(self):
-        """Refuse data without labels; renumber the classes if some have no images."""
+        """Refuse data without labels; number the classes anew if some have no images."""
         if self.labels is None:
             raise UserError(self.label_error or
                             f"{self.name} has no labels; add a dataset.json or class folders")
@@ -127,38 +124,32 @@ def to_uint8(x):
 
 def normalise_latents(latents):
     """VAE latents [n, 4, h, w] -> what a network sees, of standard deviation 0.5 per channel."""
-    mean, std = _latent_statistics(latents.device)
-    return (latents - mean) / std * LATENT_SCALE
+    mean, std = LATENTS.to(latents.device, non_blocking=True)
+    return (latents - mean) / std * 0.5
 
 
 def denormalise_latents(x):
     """The inverse of `normalise_latents`: [n, 4, h, w], ready for the VAE's decoder."""
-    mean, std = _latent_statistics(x.device)
-    return x / LATENT_SCALE * std + mean
-
-
-@functools.cache  # a copy each time would make the GPU wait
-def _latent_statistics(device):
-    return [torch.tensor(v, device=device).view(1, 4, 1, 1) for v in (LATENT_MEAN, LATENT_STD)]
+    mean, std = LATENTS.to(x.device, non_blocking=True)
+    return x / 0.5 * std + mean
 
 
 class Batches:
     """Endless: this rank's (raw, labels) of each global batch of `rt.batch` images.
 
-    Image n of the run is element n % N of a permutation that depends on (seed, n // N) alone, so a
-    run continues with `start` = images seen. A thread prepares one batch ahead.
+    Image n of a run is element n % N of a permutation that depends on (seed, n // N) alone.
+    start: images seen before. A thread prepares one batch ahead.
     """
 
     def __init__(self, dataset, rt, seed, start=0):
-        self.dataset, self.rt, self.seed, self.epoch = dataset, rt, seed, None
-        share = rt.batch // rt.world_size
-        self.positions = start + rt.rank * share + np.arange(share)
+        self.dataset, self.rt, self.seed, self.position = dataset, rt, seed, start
+        self.order = functools.lru_cache(2)(self._order)
         self.thread = ThreadPoolExecutor(1)
-        self.future = self.thread.submit(self._prepare)
+        self.future = self.thread.submit(self._prepare, start)
 
     def __next__(self):
-        batch = self.future.result()
-        self.future = self.thread.submit(self._prepare)
+        batch, self.position = self.future.result(), self.position + self.rt.batch
+        self.future = self.thread.submit(self._prepare, self.position)
         return batch
 
     def training_batch(self, xflip):
@@ -170,25 +161,22 @@ class Batches:
         x = dataset.to_model(raw, rt.device, flip, eps)
         return x, None if labels is None else labels.to(rt.device, non_blocking=True)
 
-    def _prepare(self):
-        epochs, offsets = np.divmod(self.positions, len(self.dataset))
-        self.positions = self.positions + self.rt.batch
-        indices = np.empty_like(offsets)
-        for epoch in np.unique(epochs):  # more than one at a boundary
-            if epoch != self.epoch:
-                generator = rng("cpu", self.seed, "data", int(epoch))
-                self.order = torch.randperm(len(self.dataset), generator=generator).numpy()
-                self.epoch = epoch
-            here = epochs == epoch
-            indices[here] = self.order[offsets[here]]
-        raw, labels = self.dataset.batch(indices)
+    def _order(self, epoch):
+        generator = rng("cpu", self.seed, "data", epoch)
+        return torch.randperm(len(self.dataset), generator=generator).numpy()
+
+    def _prepare(self, position):
+        n, share = len(self.dataset), self.rt.batch // self.rt.world_size
+        position += self.rt.rank * share
+        places = [divmod(i, n) for i in range(position, position + share)]
+        raw, labels = self.dataset.batch([self.order(epoch)[i] for epoch, i in places])
         if self.rt.device.type == "cuda":  # copies from pinned memory overlap with computing
             raw, labels = raw.pin_memory(), None if labels is None else labels.pin_memory()
         return raw, labels
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading. A reader returns images and a function that returns (labels, names of classes) or Nones.
+# Reading. A reader returns images and a function that returns (labels, names of classes).
 
 
 def load(spec, cache=None, resolution=None):
@@ -197,18 +185,16 @@ def load(spec, cache=None, resolution=None):
     spec: `digits`, `fashion-mnist`, `cifar10` or a path: IDX folder (MNIST), CIFAR-10's binary
         tar.gz, folder or zip of images or latents (.npy) with a dataset.json or class folders,
         .npz (`images` or `arr_0`, `labels` or `arr_1`). `:test` of IDX and CIFAR-10.
-    cache: folder for what is downloaded or converted.
-    resolution: cut out the middle of each image and resize it, as EDM's dataset tool does.
+    cache: folder for downloads and conversions. resolution: cut out the middle of each image and
+        resize it, as EDM's dataset tool does.
     """
-    name, cache = str(spec), Path(cache) if cache else cache_dir()
+    name, cache = str(spec), Path(cache or cache_dir())
     source, test = name.removesuffix(":test"), name.endswith(":test")
     path = Path(source).expanduser()
     if source == "digits" or source in DOWNLOADS:
         if path.is_dir():
-            _say(f"{source}: the built-in data set; for your folder of this name give ./{source}")
-        path = DIGITS if source == "digits" else _fetch(source, cache)
-    if not path.exists():
-        raise UserError(f"{path}: no such file; give digits, fashion-mnist, cifar10 or a path")
+            _say(f"{source}: the built-in data set; give ./{source} for your folder")
+        path = DIGITS if source == "digits" else _fetch(source, cache / source)
     with reading(path, "a data set"):
         names, kind = _list_folder(path) if path.is_dir() else [], path.name.lower()
         idx = {name.replace(".idx", "-idx").removesuffix(".gz"): path / name for name in names}
@@ -225,9 +211,9 @@ def load(spec, cache=None, resolution=None):
         elif path.is_dir() or kind.endswith(".zip"):
             images, labels = _load_files(path, names, cache, resolution)
         else:
-            raise UserError("not a data set; give a folder, a .zip, a .npz or CIFAR-10's .tar.gz")
-        square = (resolution, resolution)
-        if resolution and images.dtype == np.uint8 and images.shape[1:3] != square:
+            raise UserError("no such file or data set; give digits, fashion-mnist, cifar10, "
+                            "a folder, a .zip, a .npz or CIFAR-10's .tar.gz")
+        if resolution and images.dtype == np.uint8 and images.shape[1:3] != (resolution,) * 2:
             images = np.stack([_fit(_to_pillow(image), resolution) for image in images])
         try:
             with reading(path, "labels"):
@@ -236,8 +222,8 @@ def load(spec, cache=None, resolution=None):
             return Dataset(name, images, label_error=str(error))
 
 
-def _fetch(name, cache):
-    (url, hashes), folder = DOWNLOADS[name], cache / name
+def _fetch(name, folder):
+    url, hashes = DOWNLOADS[name]
     if name == "fashion-mnist" and all((FASHION_MNIST / file).exists() for file in hashes):
         return FASHION_MNIST
     for file, md5 in hashes.items():
@@ -262,60 +248,56 @@ def _check(images):
     elif dtype != np.float32 or len(shape) != 4 or shape[1] != 8 or shape[2] != shape[3]:
         raise UserError(f"{dtype} {list(shape)}; expected images, uint8 [N, H, W, 1 or 3], "
                         "or latents, float32 [N, 8, h, h]")
+    return images
 
 
 def _load_idx(files, split):
     """MNIST's format: four bytes that tell the type, the lengths (big-endian), then bytes."""
 
-    def read(kind, ndim):
-        if (path := files.get(f"{split}-{kind}-ubyte")) is None:
-            raise UserError(f"has no {split}-{kind}-ubyte; add it")
-        unpack = gzip.decompress if path.suffix == ".gz" else bytes
-        with reading(path, "an IDX file", "delete it and get it again"):
-            content = unpack(path.read_bytes())
+    def read(name, ndim):
+        if name not in files:
+            raise UserError(f"has no {name}; add it")
+        with reading(files[name], "an IDX file", "delete it and get it again"):
+            content = files[name].read_bytes()
+            content = gzip.decompress(content) if files[name].suffix == ".gz" else content
             shape = np.frombuffer(content, ">u4", ndim, offset=4).tolist()
             return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
 
-    return read("images-idx3", 3)[..., None], lambda: [read("labels-idx1", 1)]
+    images = read(f"{split}-images-idx3-ubyte", 3)[..., None]
+    return images, lambda: [read(f"{split}-labels-idx1-ubyte", 1)]
 
 
 def _load_cifar10(path, test):
     """The binary version: per image 1 byte of label and 3072 of the planes R, G, B."""
-    wanted = ["test_batch.bin"] if test else [f"data_batch_{i}.bin" for i in range(1, 6)]
-    with tarfile.open(path, "r:gz") as tar:
-        found = {posixpath.basename(member.name): tar.extractfile(member).read()
-                 for member in tar if member.name.endswith(".bin")}
-    if missing := [name for name in wanted if name not in found]:
-        raise UserError(f"has no {missing[0]}; give CIFAR-10's binary version, "
-                        "cifar-10-binary.tar.gz, or --data cifar10, which downloads it")
-    records = np.frombuffer(b"".join(found[name] for name in wanted), np.uint8).reshape(-1, 3073)
+    names = ["test_batch"] if test else [f"data_batch_{i}" for i in range(1, 6)]
+    remedy = "give cifar-10-binary.tar.gz or --data cifar10"
+    with reading(path, "CIFAR-10's binary version", remedy), tarfile.open(path, "r:gz") as tar:
+        files = [tar.extractfile(f"cifar-10-batches-bin/{name}.bin").read() for name in names]
+        records = np.frombuffer(b"".join(files), np.uint8).reshape(-1, 3073)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), lambda: [records[:, 0]]
 
 
 def _load_npz(path):
     arrays = np.load(path)  # executes nothing: allow_pickle is False
-    key, labels = (next((key for key in keys if key in arrays.files), None)
-                   for keys in (("images", "arr_0"), ("labels", "arr_1")))
-    if key is None:
-        raise UserError(f"has no images (`arr_0` or `images`), only {arrays.files}; give another "
-                        "(statistics mu and sigma are a reference for FID alone)")
+    key = "images" if "images" in arrays else "arr_0"
+    if key not in arrays:
+        raise UserError(f"holds {arrays.files}, but no images (`arr_0` or `images`); give another")
     images = np.ascontiguousarray(arrays[key])
     images = images[..., None] if images.ndim == 3 else images
-    return images, lambda: [arrays[labels] if labels else None]
+    keys = [key for key in ("labels", "arr_1") if key in arrays]
+    return images, lambda: [arrays[keys[0]] if keys else None]
 
 
 def _list_folder(folder):
     """Sorted names of the files below `folder`. Links are followed, each folder is read once."""
-    names, seen, todo = [], {str(parent) for parent in folder.resolve().parents}, [folder]
+    names, seen, todo = [], set(folder.resolve().parents), [folder]
     for parent in todo:
-        if (real := os.path.realpath(parent)) in seen:
-            continue
-        seen.add(real)
-        entries = sorted(filter(lambda e: _visible(e.name), os.scandir(parent)), key=os.fspath)
-        todo += [entry.path for entry in entries if entry.is_dir()]
-        files = [entry.path for entry in entries if not entry.is_dir()]
-        names += [Path(file).relative_to(folder).as_posix() for file in files]
+        if (real := parent.resolve()) not in seen:
+            seen.add(real)
+            entries = sorted(entry for entry in parent.iterdir() if _visible(entry.name))
+            todo += filter(Path.is_dir, entries)
+            names += [e.relative_to(folder).as_posix() for e in entries if not e.is_dir()]
     return sorted(names)
 
 
@@ -345,87 +327,63 @@ def _load_files(path, names, cache, resolution):
     def read(name):
         return archive.read(name) if archive else (path / name).read_bytes()
 
-    def decode(name, colour=False):
-        kind = "an image" if images else "a latent (.npy)"
+    def parse(name, parser):
+        kind = "an image" if images else "a latent"
         with reading(f"{path}/{name}", kind, "replace it or remove it"):
-            file = io.BytesIO(read(name))
-            array = (_decode_image(file, resolution, colour) if images
-                     else np.lib.format.read_array(file))
-            _check(array[None])
-            return array
+            return parser(io.BytesIO(read(name)))
 
-    stats = [os.stat(path / name) for name in ([""] if archive else files)]
+    def decode(file):
+        array = _decode_image(file, gray, resolution) if images else np.lib.format.read_array(file)
+        return _check(array[None])[0]
+
+    def arrays():
+        for name in files:
+            if (array := parse(name, decode)).shape != first.shape:
+                raise UserError(f"{path}/{name}: {list(array.shape)}, but {files[0]} has "
+                                f"{list(first.shape)}; all need one size: {RESIZE}")
+            yield array
+
+    labels = functools.partial(_read_labels, names, files, read)
+    stats = map(os.stat, [path] if archive else [path / name for name in files])
     stats = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
     key = repr((VERSION, os.path.abspath(path), resolution, files, stats)).encode()
-    folder = cache / "datasets" / f"{path.stem}-{hashlib.sha256(key).hexdigest()[:16]}"
-    try:
-        arrays = _convert(path, files, decode, folder)
-    except _Mixed:
-        arrays = _convert(path, files, lambda name: decode(name, colour=True), folder)
-    return arrays, lambda: _read_labels(names, files, read)
-
-
-class _Mixed(Exception):
-    """Gray images and images in colour: all become RGB."""
-
-
-def _convert(path, names, decode, folder):
-    """What `decode` makes of `names` as one array, in memory or mapped from the cache `folder`."""
-    if not folder.is_dir():
-        first, count = decode(names[0]), len(names)
-        arrays = _decode_all(path, names, decode, first.shape)
+    cached = cache / "datasets" / f"{path.stem}-{hashlib.sha256(key).hexdigest()[:16]}.npy"
+    if not cached.exists():
+        # One image in colour makes all RGB. The modes are read from the headers.
+        gray = all(parse(name, _open_image).mode in ("1", "L", "LA") for name in images)
+        first, count = parse(files[0], decode), len(files)
         if count * first.nbytes <= MEMORY_LIMIT:
-            return np.fromiter(arrays, np.dtype((first.dtype, first.shape)), count)
-        print(f"converting {path} to {folder} (once)", file=sys.stderr, flush=True)
-        shape = (count, *first.shape)
-        header = {"descr": first.dtype.str, "fortran_order": False, "shape": shape}
-        try:
-            with atomic(folder) as part:
-                part.mkdir()
-                with open(part / "images.npy", "wb") as file:  # a full disk would crash a map
-                    np.lib.format.write_array_header_1_0(file, header)
-                    file.writelines(array.tobytes() for array in arrays)
-        except OSError:
-            if not folder.is_dir():  # else another process has converted the same
-                raise
-    with reading(folder, "a converted data set", "delete this folder and it will be made again"):
-        return np.load(folder / "images.npy", mmap_mode="r")
+            return np.fromiter(arrays(), np.dtype((first.dtype, first.shape)), count), labels
+        print(f"converting {path} to {cached} (once)", file=sys.stderr, flush=True)
+        header = {"descr": first.dtype.str, "fortran_order": False, "shape": (count, *first.shape)}
+        with atomic(cached) as part, open(part, "wb") as file:  # a full disk would crash a map
+            np.lib.format.write_array_header_1_0(file, header)
+            file.writelines(array.tobytes() for array in arrays())
+    with reading(cached, "a converted data set", "delete it and it will be made again"):
+        return np.load(cached, mmap_mode="r"), labels
 
 
-def _decode_all(path, names, decode, shape):
-    with ThreadPoolExecutor(4) as pool:  # Pillow decodes without Python's lock
-        for i in range(0, len(names), 256):  # as many are held at a time
-            for name, array in zip(names[i:i + 256], pool.map(decode, names[i:i + 256])):
-                if array.shape != shape:
-                    if array.shape[:2] == shape[:2]:
-                        raise _Mixed
-                    raise UserError(f"{path}/{name}: {list(array.shape)}, but {names[0]} has "
-                                    f"{list(shape)}; all need one size: {RESIZE}")
-                yield array
-            done = min(i + 256, len(names))
-            status(f"reading {path}: {done} / {len(names)}", "\n" * (done == len(names)))
-
-
-def _decode_image(file, resolution, colour):
-    """An image file as uint8 [H, W, C]: C = 1 if it is gray and `colour` is false, else 3."""
-    try:
-        image = Image.open(file, formats=("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "AVIF"))
-    except UnidentifiedImageError:
-        raise UserError("not an image that is read here; replace it or remove it") from None
-    except Image.DecompressionBombError:
-        raise UserError("too large (Pillow refuses so many pixels); make it smaller") from None
-    depth = file.getbuffer()[24] if image.format == "PNG" else 8  # the mode is RGB for 16 bits too
-    depth = max(image.tag_v2.get(258, (1,))) if image.format == "TIFF" else depth
-    if depth > 8:
-        raise UserError(f"has {depth} bits per channel; convert it to 8 bits")
+def _decode_image(file, gray, resolution):
+    """An image file as uint8 [H, W, 1 if `gray` else 3], on white where it is transparent."""
+    image = _open_image(file)
     image.load()
     with contextlib.suppress(Exception):  # damaged EXIF must not block the picture
         ImageOps.exif_transpose(image, in_place=True)
-    mode = "L" if image.mode in ("1", "L", "LA") and not colour else "RGB"
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return _fit(image.convert(mode), resolution)
+    return _fit(image.convert("L" if gray else "RGB"), resolution)
+
+
+def _open_image(file):
+    """A Pillow image whose header alone is read yet."""
+    try:
+        image = Image.open(file, formats="PNG JPEG BMP WEBP GIF TIFF AVIF".split())
+    except Image.DecompressionBombError:
+        raise UserError("too large (Pillow refuses so many pixels); make it smaller") from None
+    if image.mode[0] in "IF" or ";16" in str(image.tile):  # mode RGB can stand for 16 bits
+        raise UserError("has more than 8 bits per channel; convert it to 8 bits")
+    return image
 
 
 def _fit(image, resolution):
@@ -435,8 +393,7 @@ def _fit(image, resolution):
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
         image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    array = np.asarray(image)
-    return array if array.ndim == 3 else array[..., None]
+    return np.atleast_3d(image)
 
 
 def _read_labels(names, files, read):
@@ -466,7 +423,7 @@ def _read_labels(names, files, read):
                 raise UserError(f"the label of {name} is {label!r}; expected an integer from 0 on")
             if labels.setdefault(name, label) != label:
                 raise UserError(f"{name} is listed with two labels; correct it")
-        missing, extra = sorted(set(images) - set(labels)), sorted(set(labels) - set(images))
+        missing, extra = (sorted(set(a) - set(b)) for a, b in ((images, labels), (labels, images)))
         if missing or extra:
             raise UserError(f"{len(missing)} images without a label {missing[:1]}, {len(extra)} "
                             f"labels without an image {extra[:1]}; give each image one label")
@@ -503,32 +460,30 @@ def write_images(batches, out):
     """Write all (images, labels) of `batches`; `load(out)` reads them again.
 
     images: uint8 [n, H, W, C], or float32 [n, 4, h, w] for latents. labels: int [n] or None.
-    out: a .npz for `arr_0` (latents: `latents`) and labels `arr_1`, all collected in memory, or a
-        new or empty folder for PNG files and labels in a dataset.json.
+    out: a .npz for `arr_0` (latents: `latents`) and labels `arr_1`, or a new or empty folder for
+        PNG files and labels in a dataset.json.
     """
-    out, names, labels = Path(out), [], []
+    out, table = Path(out), []
     if out.suffix.lower() == ".npz":
         images, labels = zip(*batches)
         arrays = {"arr_0" if images[0].dtype == np.uint8 else "latents": np.concatenate(images)}
-        if labels[0] is not None:
-            arrays["arr_1"] = np.concatenate(labels)
+        arrays |= {} if labels[0] is None else {"arr_1": np.concatenate(labels)}
         with atomic(out) as part, open(part, "wb") as file:
             np.savez(file, **arrays)
         return
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.is_file() or out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: exists already; give a new folder, or remove this one")
     with atomic(out) as part:
-        for images, classes in batches:
+        for images, labels in batches:
             if images.dtype != np.uint8:
                 raise UserError("latents need a .npz file; let --out end in .npz")
-            labels += [] if classes is None else map(int, classes)
-            for image in images:
-                names.append(f"{len(names) // 1000:05d}/img{len(names):08d}.png")
-                (part / names[-1]).parent.mkdir(parents=True, exist_ok=True)
-                _to_pillow(image).save(part / names[-1])
-        if labels:
-            table = {"labels": list(zip(names, labels))}
-            (part / "dataset.json").write_text(json.dumps(table))
+            for i, image in enumerate(images):
+                name = f"{len(table) // 1000:05d}/img{len(table):08d}.png"
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+                _to_pillow(image).save(part / name)
+                table.append((name, None if labels is None else int(labels[i])))
+        if labels is not None:
+            (part / "dataset.json").write_text(json.dumps({"labels": table}))
 
 
 def _to_pillow(image):  # Pillow wants gray images without a channel axis
