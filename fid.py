@@ -22,9 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import networks
 import sample
@@ -51,122 +49,67 @@ SETTINGS = dict(  # of FID during training
 # Inception v3 as in TensorFlow's graph of 2015-12-05 (arXiv 1512.00567).
 
 
-class Conv(nn.Module):
-    """Convolution, BatchNorm and ReLU. Keeps the image size unless it is strided or `valid`."""
-
-    def __init__(self, cin, cout, kernel, stride=1, valid=False):
-        super().__init__()
-        padding = "valid" if valid or stride > 1 else "same"
-        self.conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(cout, eps=1e-3)
-
-    def forward(self, x):
-        return F.relu_(self.bn(self.conv(x)))
-
-
-AVERAGE = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-MAXIMUM = nn.MaxPool2d(3, stride=1, padding=1)
-HALVE = nn.MaxPool2d(3, stride=2)
-
-
-# Blocks: {branch: layers}. A layer is a pooling, a convolution (channels, kernel[, stride]), or two
-# that read the same input. Of several convolutions in a branch, number i is called `branch_i`.
-def block_a(c):
-    return {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)],
-            "branch3x3dbl": [(64, 1), (96, 3), (96, 3)], "branch_pool": [AVERAGE, (c, 1)]}
-
-
-def block_c(c):
-    return {"branch1x1": [(192, 1)], "branch7x7": [(c, 1), (c, (1, 7)), (192, (7, 1))],
-            "branch7x7dbl": [(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))],
-            "branch_pool": [AVERAGE, (192, 1)]}
-
-
-def block_e(pool):
-    fork = [(384, (1, 3)), (384, (3, 1))]
-    return {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), fork],
-            "branch3x3dbl": [(448, 1), (384, 3), fork], "branch_pool": [pool, (192, 1)]}
-
-
-MIXED = {
-    "Mixed_5b": block_a(32), "Mixed_5c": block_a(64), "Mixed_5d": block_a(64),
-    "Mixed_6a": {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)],
-                 "pool": [HALVE]},
-    "Mixed_6b": block_c(128), "Mixed_6c": block_c(160), "Mixed_6d": block_c(160),
-    "Mixed_6e": block_c(192),
-    "Mixed_7a": {"branch3x3": [(192, 1), (320, 3, 2)],
-                 "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)],
-                 "pool": [HALVE]},
-    "Mixed_7b": block_e(AVERAGE), "Mixed_7c": block_e(MAXIMUM),  # the graph of 2015 has a maximum
+# Blocks of branches that read the same input. A word is a pooling or a convolution, /2 its stride.
+A = ["branch1x1", "branch5x5_1 branch5x5_2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3",
+     "average branch_pool"]
+C = ["branch1x1", "branch7x7_1 branch7x7_2 branch7x7_3", "branch7x7dbl_1 branch7x7dbl_2 "
+     "branch7x7dbl_3 branch7x7dbl_4 branch7x7dbl_5", "average branch_pool"]
+E = ["branch1x1", "branch3x3_1 branch3x3_2a", "branch3x3_1 branch3x3_2b",
+     "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3a",
+     "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3b"]
+BLOCKS = {
+    "5b": A, "5c": A, "5d": A,
+    "6a": ["branch3x3/2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3/2", "halve"],
+    "6b": C, "6c": C, "6d": C, "6e": C,
+    "7a": ["branch3x3_1 branch3x3_2/2",
+           "branch7x7x3_1 branch7x7x3_2 branch7x7x3_3 branch7x7x3_4/2", "halve"],
+    "7b": [*E, "average branch_pool"], "7c": [*E, "maximum branch_pool"],  # as in the graph of 2015
+}
+POOLS = {
+    "average": lambda x: F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False),
+    "maximum": lambda x: F.max_pool2d(x, 3, stride=1, padding=1),
+    "halve": lambda x: F.max_pool2d(x, 3, stride=2),
 }
 
 
-class Mixed(nn.Module):
-    """Branches that read the same x [N, C, H, W], concatenated: [N, self.channels, H', W']."""
+class Inception:
+    """x [N, 3, 299, 299] in [-1, 1) -> features [N, 2048], logits [N, 1008] without the bias.
 
-    def __init__(self, channels, branches):
-        super().__init__()
-        self.branches, self.channels = [], 0
-        for branch, layers in branches.items():
-            steps, width = [], channels  # each step: what reads the output of the step before
-            for i, layer in enumerate(layers, 1):
-                fork = layer if isinstance(layer, list) else [layer]
-                steps.append([c if callable(c) else Conv(width, *c) for c in fork])
-                if not callable(layer):
-                    width = fork[0][0]
-                    numbered = len(layers) > 1 and branch != "branch_pool"
-                    name = f"{branch}_{i}" if numbered else branch
-                    for letter, conv in zip("ab" if len(fork) > 1 else [""], steps[-1]):
-                        self.add_module(name + letter, conv)
-            self.branches.append(steps)
-            self.channels += width * len(steps[-1])
+    state: tensors as in the file of weights. BatchNorm is folded into the convolutions, in float64.
+    """
 
-    def forward(self, x):
-        outputs = []
-        for *steps, last in self.branches:
-            y = x
-            for (step,) in steps:
-                y = step(y)
-            outputs += [step(y) for step in last]
-        return torch.cat(outputs, dim=1)
+    def __init__(self, state, device):
+        self.layers, self.fc = {}, state["fc.weight"].float().to(device)
+        for key in [key for key in state if key.endswith(".conv.weight")]:
+            name = key.removesuffix(".conv.weight")
+            gain, bias, mean, variance = (
+                state[f"{name}.bn.{key}"].double()
+                for key in ("weight", "bias", "running_mean", "running_var"))
+            scale = gain / (variance + 1e-3).sqrt()
+            weight = state[key].double() * scale[:, None, None, None]
+            weight = weight.to(device, torch.float, memory_format=torch.channels_last)
+            self.layers[name] = weight, (bias - mean * scale).float().to(device)
 
+    def conv(self, x, name, valid=False):
+        name, _, stride = name.partition("/")
+        padding = "valid" if valid or stride else "same"
+        return F.relu_(F.conv2d(x, *self.layers[name], int(stride or 1), padding))
 
-class Inception(nn.Module):
-    """x [N, 3, 299, 299] in [-1, 1) -> features [N, 2048], logits [N, 1008] without the bias."""
-
-    def __init__(self):
-        super().__init__()
-        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3, valid=True)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
-        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3, valid=True)
-        channels = 192
-        for name, branches in MIXED.items():
-            self.add_module(name, Mixed(channels, branches))
-            channels = getattr(self, name).channels
-        self.fc = nn.Linear(channels, 1008)
-
-    def forward(self, x):
-        x = HALVE(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
-        x = HALVE(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
-        for name in MIXED:
-            x = getattr(self, name)(x)
+    def __call__(self, x):
+        x = self.conv(self.conv(x, "Conv2d_1a_3x3/2"), "Conv2d_2a_3x3", valid=True)
+        x = POOLS["halve"](self.conv(x, "Conv2d_2b_3x3"))
+        x = self.conv(self.conv(x, "Conv2d_3b_1x1"), "Conv2d_4a_3x3", valid=True)
+        x = POOLS["halve"](x)
+        for block, branches in BLOCKS.items():
+            outputs = []
+            for words in branches:
+                y = x
+                for word in words.split():
+                    y = POOLS[word](y) if word in POOLS else self.conv(y, f"Mixed_{block}.{word}")
+                outputs.append(y)
+            x = torch.cat(outputs, dim=1)
         x = x.mean(dim=(2, 3))
-        return x, F.linear(x, self.fc.weight)  # the original Inception Score left the bias out
-
-    def fuse(self):
-        """Fold each BatchNorm into its convolution, in float64; for inference only."""
-        for module in self.eval().requires_grad_(False).modules():
-            if isinstance(module, Conv):
-                module.conv = fuse_conv_bn_eval(module.conv.double(), module.bn.double())
-                module.bn = nn.Identity()
-        return self.float()
-
-
-def file_shapes(net):
-    """{name: shape} of the 472 tensors of a weight file."""
-    return {k: v.shape for k, v in net.state_dict().items() if "num_batches" not in k}
+        return x, F.linear(x, self.fc)  # the original Inception Score left the bias out
 
 
 def resize_tf1(images, size=299):
@@ -224,23 +167,21 @@ def inception(rt, path=None):
     file = Path(path or cached + INCEPTION_FILE)
     if not path and not file.exists():
         files.download(url, file, "sha256", INCEPTION_HASH)
-    with torch.device("meta"):  # no memory for weights that are replaced
-        net = Inception()
     with files.reading(file, "the weights of Inception v3", f"get {url}"):
-        net.load_state_dict(files.load_plain(file, "a file of weights"), assign=True)
+        net = Inception(files.load_plain(file, "a file of weights"), rt.device)
+        net(torch.zeros(1, 3, 299, 299, device=rt.device))  # fails where weights do not fit
         tag, found = INCEPTION_TAG, files.file_hash(file)
     if not found.startswith(INCEPTION_HASH):
         tag = f"inception sha256:{found[:16]}"
         if rt.is_main:
             print(f"warning: {file}: SHA-256 {found[:8]}..., not {INCEPTION_HASH}: the results do "
                   "not compare with published ones", file=sys.stderr)
-    net.fuse().to(rt.device, memory_format=torch.channels_last)
 
     def function(images):
         x = resize_tf1(images).expand(-1, -1, -1, 3)  # gray is repeated to three channels
         return net((x.permute(0, 3, 1, 2) - 128) / 128)
 
-    return Extractor("Inception", tag, net.fc.in_features, None, rt.device, function)
+    return Extractor("Inception", tag, 2048, None, rt.device, function)
 
 
 def network_features(rt, path):
@@ -329,6 +270,11 @@ class Statistics:
             raise UserError(f"{self.name or 'statistics'} has {len(self.mu)} features of the kind "
                             f"'{self.features}', {other} has {dim} of the kind '{tag}'; "
                             "both sides must come from one network")
+
+
+def distance_name(tag):
+    """Only distances of Inception's features are called FID."""
+    return "FID" if tag.startswith("inception") else "FD (stage 1)"
 
 
 def random_choice(n, limit):
@@ -548,7 +494,8 @@ def training_fid(args, dataset, run, net, write_networks):
             best = all(value < line.get("fid", math.inf) for line in run.log)
             if best and rt.is_main:
                 write_networks("-best", fid=value)
-            run.write({"fid": value}, f"FID {value:.4g} of {args.fid_images} samples")
+            name = distance_name(extractor.tag)
+            run.write({"fid": value}, f"{name} {value:.4g} of {args.fid_images} samples")
 
     log_fid()  # if the run was stopped before it
     return log_fid
@@ -615,10 +562,9 @@ def main():
         return
 
     kind = a.features if a.features != "inception" else b.features
-    published = kind.startswith("inception")
     result = dict.fromkeys("fid is_mean is_std kid_mean kid_std precision recall".split())
     result |= dict(fid=frechet_distance(a, b), n_samples=a.n, n_reference=b.n, features=kind)
-    lines = [f"{'FID' if published else 'FD (stage 1)':13}{result['fid']:.5g}"]
+    lines = [f"{distance_name(kind):13}{result['fid']:.5g}"]
     if score:
         result["is_mean"], result["is_std"] = score
         lines.append("IS           {:.4g} ± {:.2g}".format(*score))
@@ -634,7 +580,7 @@ def main():
         if given and images is not None:
             print(f"note: {used.name}: FID of its mu and sigma; KID, precision and recall of its "
                   f"{len(images):,} images", file=sys.stderr)
-        if published and used.n and used.n < PUBLISHED_COUNT:
+        if distance_name(kind) == "FID" and used.n and used.n < PUBLISHED_COUNT:
             print(f"warning: {count} {side} images; published numbers use {PUBLISHED_COUNT:,}, and "
                   "fewer give a larger FID", file=sys.stderr)
     lines.append(f"features     {kind}")

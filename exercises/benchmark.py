@@ -100,11 +100,21 @@ def sampling(config, rt, compiled=False):
     return lambda: rt.in_parts(functools.partial(sample.one_step, net), draw.z, draw.labels, graph=False)
 
 
+def inception_shapes():
+    """{name: shape} of the 472 tensors of the Inception weights."""
+    shapes = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
+    for line in Path(__file__).with_name("inception_shapes.txt").read_text().splitlines():
+        name, *shape = line.split()
+        shapes[f"{name}.conv.weight"] = tuple(map(int, shape))
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.bn.{key}"] = (int(shape[0]),)
+    return shapes
+
+
 def features(config, rt, compiled=False):
-    """Function that takes the Inception features of a batch, in float32 as always."""
-    net = fid.Inception().fuse().to(rt.device, memory_format=torch.channels_last)
-    if compiled:
-        net.compile(dynamic=False)
+    """Function that takes the Inception features of a batch, in float32, with weights of one."""
+    net = fid.Inception({k: torch.ones(shape) for k, shape in inception_shapes().items()}, rt.device)
+    net = torch.compile(net, dynamic=False) if compiled else net
     pixels = config.img_resolution * (8 if config.architecture == "edm2" else 1)  # the images behind latents
     images = torch.zeros(rt.batch, pixels, pixels, 3, dtype=torch.uint8, device=rt.device)
     return lambda: net((fid.resize_tf1(images).permute(0, 3, 1, 2) - 128) / 128)

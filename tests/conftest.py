@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
 from machinery import checkpoints  # noqa: E402
 from machinery import training  # noqa: E402
 
