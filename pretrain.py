@@ -145,7 +145,6 @@ def main():
             sample.preview(ema, run, args.seed)
         if run.due(args.save_kimg) or run.stopping:
             run.save(write_network)
-    rt.print(f"stage 1 is done: {run.dir / 'network.pt'}")
 
 
 if __name__ == "__main__":

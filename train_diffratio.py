@@ -6,8 +6,8 @@ network learns to tell noised data from noised samples; its logit h estimates lo
 The generator follows the gradient of a divergence of h. There is no teacher.
 
 Reads a data set and the network of stage 1 (`--init`: a network.pt of pretrain.py or a published
-EDM or EDM2 pickle). Writes into --outdir: network.pt (the averaged generator), ratio.pt,
-checkpoint.pt, log.jsonl and sample grids. The same command again resumes the run.
+EDM or EDM2 pickle). Writes into --outdir network.pt (the averaged generator), ratio.pt, a
+checkpoint, a log and sample grids. The same command again resumes the run.
 
     python train_diffratio.py                                  after python pretrain.py
     torchrun train_diffratio.py --divergence dijs
@@ -104,9 +104,8 @@ SETTINGS = dict(
     ratio_init=("pretrained", "start of the ratio network", ["pretrained", "random"]),
     xflip=(False, "mirror half of the images"),
 )
-# The paper gives t_init, beta1, ratio_steps and the divergences. All else is our choice; for the
-# large systems it follows peers (docs/large-scale.md) and was not run at length: rates from D2O and
-# SiDA, the ratio network's five times the generator's.
+# The paper gives t_init, beta1, ratio_steps and the divergences; all else is our choice. For the
+# large systems it follows peers and was not run at length (docs/large-scale.md).
 NATURAL = dict(noise="karras", grid_kimg=200.0)
 CIFAR10 = dict(NATURAL, data="cifar10", xflip=True, kimg=20_000.0, batch=512, lr=1e-4,
                ratio_lr=5e-4, ema_halflife_kimg=500.0)
@@ -176,8 +175,7 @@ def main():
     def write_networks(suffix="", **about):
         about = {**ema.about, "nimg": run.nimg, **about}
         checkpoints.save_network(run.dir / f"network{suffix}.pt", ema, **about)
-        about["role"] = "ratio"
-        checkpoints.save_network(run.dir / f"ratio{suffix}.pt", ratio, **about)
+        checkpoints.save_network(run.dir / f"ratio{suffix}.pt", ratio, **about | {"role": "ratio"})
 
     log_fid = fid.training_fid(args, dataset, run, ema, write_networks)
     while run.unfinished():
@@ -190,8 +188,7 @@ def main():
             real, labels = batches.training_batch(args.xflip)
             labels = labels if config.label_dim else None  # samples carry the classes of the data
             z, sigma = rt.randn(*shape), noise_levels(args, rt)
-            last = k == args.ratio_steps - 1  # whose samples the generator's step takes up again
-            fake = rt.in_parts(G, z, labels, graph=last)
+            fake = rt.in_parts(G, z, labels, graph=k == args.ratio_steps - 1)  # for step 2
             eps_real, eps_fake = rt.randn(*shape), rt.randn(*shape)
             _, h_real, h_fake = train_ratio.step(
                 args.ratio_lr * factor, functools.partial(ratio_loss, ratio),
@@ -215,11 +212,6 @@ def main():
         if run.due(args.save_kimg) or run.due(args.fid_every) or run.stopping:
             run.save(write_networks)
         log_fid()
-    rt.print(f"stage 2 is done: {run.dir / 'network.pt'}")
-
-
-# -------------------------------------------------------------------------------------------------
-# What stage 2 starts from.
 
 
 def load_init(args, dataset):

@@ -532,6 +532,8 @@ class Run:
         if number := self.rt.agree(_signals.number):
             raise Stopped(f"{self.stage} stopped at {self.nimg / 1000:g} kimg; the same command "
                           "continues it", number)
+        if self.nimg >= self.total_nimg:
+            self.rt.print(f"{self.stage} is done: {self.dir / 'network.pt'}")
 
 
 # -------------------------------------------------------------------------------------------------
