@@ -32,6 +32,16 @@ def nearest_digit_shares(images, dataset):
     return np.bincount(dataset.labels[torch.cdist(x, known).argmin(dim=1).numpy()], minlength=10) / len(images)
 
 
+def save_panels(sets, path, side=8, scale=1):
+    """Write one PNG with the first side x side images (or fewer) of sets of uint8 [N, H, W, C]."""
+    sets = list(sets)
+    side = min(side, *(int(len(images)**0.5) for images in sets))
+    panels = [images[: side**2].reshape(side, side, *images.shape[1:]) for images in sets]
+    gap = np.full_like(panels[0][:, :1], 255)
+    rows = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
+    data.save_grid(rows.reshape(-1, *rows.shape[2:]), path, rows.shape[1], scale, padding=1)
+
+
 def main():
     args = training.Parser(__doc__, dict(
         pretrained=("runs/digits/pretrain/network.pt", "network of stage 1"),
@@ -55,7 +65,7 @@ def main():
         samples[name] = np.concatenate([data.to_uint8(x) for x, _ in parts])
 
     path = Path(args.outdir) / "demo.png"
-    data.save_panels((dataset.images, *samples.values()), path, scale=3)
+    save_panels((dataset.images, *samples.values()), path, scale=3)
 
     def statistics(images):
         return fid.measure(extractor, lambda indices: images[indices], len(images), rt)[0]

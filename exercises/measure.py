@@ -25,6 +25,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import classifier  # noqa: E402
+import demo  # noqa: E402
 import fid  # noqa: E402
 from machinery import data, training  # noqa: E402
 
@@ -176,7 +177,7 @@ def main():
             row.pop("accuracy", None)
     print(table(rows))
     if args.picture:
-        data.save_panels(shown.values(), args.picture)
+        demo.save_panels(shown.values(), args.picture)
         print(f"{args.picture}: {' | '.join(shown)}")
     if args.json:
         with open(args.json, "a") as file:

@@ -381,7 +381,8 @@ def _open_image(file):
         image = Image.open(file, formats="PNG JPEG BMP WEBP GIF TIFF AVIF".split())
     except Image.DecompressionBombError:
         raise UserError("too large (Pillow refuses so many pixels); make it smaller") from None
-    if image.mode[0] in "IF" or ";16" in str(image.tile):  # mode RGB can stand for 16 bits
+    # Mode RGB can stand for 16 bits per channel, which the decoder's mode tells: RGB;16B.
+    if image.mode[0] in "IF" or image.format in ("PNG", "TIFF") and ";16" in str(image.tile):
         raise UserError("has more than 8 bits per channel; convert it to 8 bits")
     return image
 
@@ -444,16 +445,6 @@ def save_grid(images, path, columns, scale=1, padding=2):
     grid = np.pad(grid, [(padding, 0), (padding, 0), (0, 0)], constant_values=255)
     with atomic(path) as part:
         _to_pillow(grid).save(part, format="PNG")  # the temporary name does not end in .png
-
-
-def save_panels(sets, path, side=8, scale=1):
-    """Write one PNG with the first side x side images (or fewer) of sets of uint8 [N, H, W, C]."""
-    sets = list(sets)
-    side = min(side, *(int(len(images)**0.5) for images in sets))
-    panels = [images[: side**2].reshape(side, side, *images.shape[1:]) for images in sets]
-    gap = np.full_like(panels[0][:, :1], 255)
-    rows = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
-    save_grid(rows.reshape(-1, *rows.shape[2:]), path, rows.shape[1], scale, padding=1)
 
 
 def write_images(batches, out):

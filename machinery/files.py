@@ -51,10 +51,8 @@ def reading(path, what, remedy="get it again"):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary path beside `path`; on success it replaces `path`, on failure `path` stays.
-
-    A power loss leaves the old or the new file, or folder with the files directly in it.
-    """
+    """Yield a temporary path, which replaces `path` on success; a crash or a power loss leaves
+    the old or the new file (of a folder: the files directly in it)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
@@ -87,9 +85,9 @@ def remove_parts(folder):
 
 
 def lock(path, what):
-    """Lock the file `path` until the returned file is closed or the process ends.
+    """Lock the file `path` until the returned file is closed; `UserError` if another process has.
 
-    Raises `UserError` if another process has locked it. None on systems and disks without locks.
+    None on systems and disks without locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+")
@@ -117,10 +115,7 @@ def save_checkpoint(data, path):
 
 
 def load_plain(path, what, remedy="get it again", mmap=False):
-    """Read a file of tensors and plain data to the CPU; nothing in it is executed.
-
-    `what` says what it should be. mmap: leave tensors in the file, so that processes share them.
-    """
+    """Read a file of tensors and plain data to the CPU. mmap: processes share the tensors."""
     with reading(path, what, remedy):
         if zipfile.is_zipfile(path):  # torch's format, of which torch ignores the check sums
             with zipfile.ZipFile(path) as archive:
@@ -192,11 +187,7 @@ def read_pickle(path):
 
 def file_hash(path, algorithm="sha256"):
     """Hexadecimal hash of a file's content."""
-    digest = hashlib.new(algorithm)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.new(algorithm, Path(path).read_bytes()).hexdigest()
 
 
 def json_lines(path, *keys):
