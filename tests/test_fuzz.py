@@ -170,7 +170,7 @@ def zip_header(content, rng):
 
 
 def inside(content, rng):
-    """Damage under an intact check sum: a member of a zip, what a gzip file holds, a PNG's chunk."""
+    """Damage under an intact check sum: a member of a zip, a gzip file, a PNG's chunk."""
     damage = SIMPLE[rng.integers(len(SIMPLE))]
     if content[:4] == b"PK\3\4":
         out, method = io.BytesIO(), int(rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))
