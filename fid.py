@@ -12,6 +12,7 @@ numbers compare with nothing published. KID, precision and recall take at most 1
     torchrun --nproc-per-node 8 fid.py samples.npz imagenet-64x64.zip --save-stats stats.npz
 """
 
+import machinery  # before PyTorch: how its threads wait
 import contextlib
 import dataclasses
 import hashlib
