@@ -1,7 +1,6 @@
 """Changes of code that the exercises try, as text: what is replaced in train_diffratio.py, and by what.
 
-A student makes them in an editor; `run.py` makes them in a copy of the script, so that what was measured is what is shown
-(`python exercises/run.py --diff NAME`).
+A student makes them in an editor, `run.py` in a copy of the script. `python exercises/run.py --diff NAME` prints one.
 """
 
 import difflib
@@ -25,7 +24,6 @@ COPY = "    generator.load_state_dict(init.state_dict())\n"
 ENCODER = "        ratio.load_encoder(init)\n"
 UNFROZEN = "        ratio.requires_grad_(True)\n"
 LOOP = "    while run.unfinished():\n"
-SAMPLES = "            fake = rt.in_parts(G, z, labels, graph=last)\n"
 RATIO_STEP = "            _, h_real, h_fake = train_ratio.step(\n"
 RATIO_BATCH = "                real, fake.detach(), sigma, eps_real, eps_fake, labels)\n"
 NEW_NOISE = "        sigma, eps = noise_levels(args, rt), rt.randn(*shape)\n"
@@ -47,7 +45,7 @@ CHANGES = {  # name: {old: new}
     },
     "stale-samples": {  # the ratio network learns from the samples of the iteration before
         LOOP: "    start = run.nimg\n" + LOOP,
-        SAMPLES: SAMPLES + "            older, fresh = (fresh, fake) if run.nimg > start else (fake, fake)\n",
+        RATIO_STEP: "            older, fresh = (fresh, fake) if run.nimg > start else (fake, fake)\n" + RATIO_STEP,
         RATIO_BATCH: RATIO_BATCH.replace("fake.detach()", "older.detach()"),
     },
     # Exercise 8: the encoder stays as stage 1 left it, and only the head is trained.

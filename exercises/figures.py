@@ -76,7 +76,7 @@ def draw(exercise, results, path):
 
 def main():
     parser = training.Parser(__doc__, dict(
-        results=(str(HERE / "results" / "runs.jsonl"), "the lines of run.py"),
+        results=(str(run.REFERENCE), "the lines of run.py"),
         out=(None, "the picture (default: assets/exercises/NAME.png)", str)))
     parser.add_argument("exercise", choices=list(run.EXERCISES), help="which one")
     args = parser.parse_args()

@@ -383,15 +383,13 @@ def draw_field(folder, regime="far", levels=(0.1, 0.5, 2.0)):
         seen = density > 0.01 * density.max()  # elsewhere there are hardly any points
         scale = fields["truth"][seen].norm(dim=1).quantile(0.9).item()
         axes[0, column].set_title(f"sigma = {level:g}")
-        for axis, (name, field) in zip(axes[:, column], fields.items()):
+        for axis, (name, field), label in zip(axes[:, column], fields.items(), ("true gradient", "ratio network", "two scores")):
             arrows = field[seen] / scale
             arrows = arrows / arrows.norm(dim=1, keepdim=True).clamp(min=1.5) * 1.5  # the longest are cut
             axis.quiver(*grid[seen].T.numpy(), *arrows.T.numpy(), color=COLOURS[name], angles="xy", scale=14, width=0.006)
             for mixture, marker in ((p, "k+"), (q, "kx")):
                 axis.plot(*mixture.centres.T.numpy(), marker, markersize=4, alpha=0.5)
-            axis.set(xticks=[], yticks=[], aspect="equal")
-    for axis, name in zip(axes[:, 0], ("true gradient", "ratio network", "two scores")):
-        axis.set_ylabel(name)
+            axis.set(xticks=[], yticks=[], aspect="equal", ylabel=label if column == 0 else "")
     save(figure, folder / "plane-field.png")
 
 
@@ -459,7 +457,6 @@ PARTS = {
 def main():
     parser = training.Parser(__doc__, dict(
         seeds=(1, "seeds 0 to N - 1"),
-        steps=(None, "another length of every training (default: the table's)", int),
         results=(HERE / "results" / "plane.jsonl", "the file of the rows", Path),
         pictures=(ROOT / "assets" / "exercises", "folder for the pictures", Path)))
     parser.add_argument("part", nargs="?", choices=[*PARTS, "pictures", "all"], default="all", help="what to run")
@@ -473,8 +470,7 @@ def main():
         for regime in table:
             if regime not in (args.regimes or table):
                 continue
-            settings = {**common, **table[regime], **({"steps": args.steps} if args.steps else {})}
-            settings = json.loads(json.dumps(settings))  # as they are read again: tuples become lists
+            settings = json.loads(json.dumps({**common, **table[regime]}))  # as they are read again: tuples become lists
             key = {"part": part, "regime": regime, "seed": seed, "settings": settings}
             found = [row for row in json_lines(args.results, *key) if all(row[k] == v for k, v in key.items())]
             if not found and args.part in (part, "all"):

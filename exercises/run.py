@@ -3,7 +3,6 @@
     python exercises/run.py 5                                  our reference results of exercise 5; nothing is run
     python exercises/run.py 5 --results my-runs.jsonl          train and measure yours, seed 0
     python exercises/run.py order --results my-runs.jsonl --seeds 3 --rows "fresh z" "same z, same noise"
-    python exercises/run.py order --results my-runs.jsonl --table       what is measured so far
     python exercises/run.py --list                             all exercises and their rows
     python exercises/run.py --diff fresh-z                     a change of code, as a diff
 
@@ -109,9 +108,6 @@ EXTRA_COLUMNS = {
 }
 
 
-# ---- A run -------------------------------------------------------------------------------------------
-
-
 def row_of(exercise, name):
     """(flags, changes) of a row."""
     row = EXERCISES[exercise][name]
@@ -207,13 +203,11 @@ def results(path):
 def table(exercise, rows, path):
     """The exercise's table, of all seeds that the results file `path` holds."""
     columns = {**{name: measure.COLUMNS[name] for name in SHOWN}, **EXTRA_COLUMNS.get(exercise, {})}
-    found, lines = results(path), {}
-    for name in rows:
-        if line := [line for (run, _), line in found.items() if run == run_name(*row_of(exercise, name))]:
-            lines[name] = line
-    if not lines:
+    found = results(path)
+    lines = {name: [line for (run, _), line in found.items() if run == run_name(*row_of(exercise, name))] for name in rows}
+    if not any(lines.values()):
         raise UserError(f"{path} holds no results of {exercise}; without --table they are trained and measured")
-    return measure.table(lines, columns)
+    return measure.table({name: line for name, line in lines.items() if line}, columns)
 
 
 def main():

@@ -8,8 +8,7 @@ student D_S starts as its copy and learns, by the loss of stage 1, from the gene
     VSD         two denoisers; their difference is the direction, no network is differentiated
     SiD         two denoisers; the squared difference is the loss, both networks are differentiated
 
-Writes what train_diffratio.py writes, but no ratio.pt: network.pt (for sample.py), checkpoint.pt, log.jsonl and sample
-grids. The same command again resumes the run.
+Writes what train_diffratio.py writes, but no ratio.pt. The same command again resumes the run.
 
     python exercises/teacher.py --method vsd --kimg 50
     python exercises/teacher.py --method sid --kimg 50
@@ -145,15 +144,15 @@ def main():
     optimizers = [training.Optimizer(net, rt, (args.beta1, args.beta2)) for net in (generator, student)]
     networks.normalize_weights(teacher)
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
-    ema.about = {"role": "generator", "t_init": args.t_init}
+    ema.about = dict(role="generator", t_init=args.t_init, method=args.method, data=args.data,
+                     class_frequencies=dataset.class_frequencies())
     run = training.Run(args, rt, f"stage 2 with a teacher, {args.method}", generator=generator, student=student, ema=ema,
                        train_generator=optimizers[0], train_student=optimizers[1])
     run.print_start(args.method, dataset, generator, student)
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
 
     def write_networks(suffix="", **about):
-        about |= dict(nimg=run.nimg, data=args.data, method=args.method, t_init=args.t_init)
-        checkpoints.save_network(run.dir / f"network{suffix}.pt", ema, role="generator", **about)
+        checkpoints.save_network(run.dir / f"network{suffix}.pt", ema, **{**ema.about, "nimg": run.nimg, **about})
 
     log_fid = fid.training_fid(args, dataset, run, ema, write_networks)
     while run.unfinished():
@@ -178,7 +177,6 @@ def main():
         if run.due(args.save_kimg) or run.due(args.fid_every) or run.stopping:
             run.save(write_networks)
         log_fid()
-    rt.print(f"stage 2 is done: {run.dir / 'network.pt'}")
 
 
 def cost(args, rt):

@@ -46,9 +46,6 @@ LR, BATCH = 3e-4, 128  # of training on
 CHECKS, CHECK_IMAGES = 20, 1000  # how often the loss on the tenth for stopping is taken, and of how many noised images a side
 RECIPES = {"blind": "blind", "as trained": "trained", "trained on": "last", "stopped early": "best", "averaged weights": "average"}
 
-# ---- Choosing as sample.choose does, from candidates that are drawn once -----------------------------
-
-
 @torch.no_grad()
 def draw_candidates(net, indices, seed, count):
     """Candidates [n, count, C, H, W] in [-1, 1] of the images with these indices: those that `sample.choose` draws."""
@@ -144,9 +141,6 @@ def calibration(h_real, h_fake, bins=10):
     gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, (p * bins).long().clamp(max=bins - 1), weight * (p - real))
     loss = (weight * F.softplus(torch.where(real > 0, -h, h))).sum()
     return {"calibration_error": gaps.abs().sum().item(), "mean_ratio": h_fake.double().exp().mean().item(), "loss": loss.item()}
-
-
-# ---- Measuring ---------------------------------------------------------------------------------------
 
 
 def weighted(features, weights, tag):

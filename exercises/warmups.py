@@ -229,8 +229,6 @@ def two_steps(seed, distances):
     return rows
 
 
-# ---- The command line --------------------------------------------------------------------------------
-
 CLOSED = {"wrong-loss": wrong_loss, "realism": realism}
 READING = {"log": read_log, "calibration": calibration, "reliability": reliability}
 SAMPLING = {"one-step": one_step, "price": price, "two-steps": two_steps}
@@ -239,9 +237,9 @@ SAMPLING = {"one-step": one_step, "price": price, "two-steps": two_steps}
 def table(seeds):
     """The rows of each seed as one table in Markdown: mean, and standard deviation where seeds differ."""
     def show(values):
-        if isinstance(values[0], float) and len(set(values)) > 1:
-            return f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.2g}"
-        return f"{values[0]:.4g}" if isinstance(values[0], float) else str(values[0])
+        if not isinstance(values[0], float):
+            return str(values[0])
+        return f"{np.mean(values):.4g}" + (f" ± {np.std(values, ddof=1):.2g}" if len(set(values)) > 1 else "")
 
     names = [f"FD ({key})" if key in ("classifier", "stage 1") else key for key in seeds[0][0]]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]

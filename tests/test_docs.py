@@ -15,7 +15,8 @@ from machinery import training
 from train_diffratio import DIVERGENCES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *(path for folder in ("docs", "exercises", "assets") for path in (ROOT / folder).glob("*.md"))]
+PAGES = [ROOT / "README.md", *(path for folder in ("docs", "exercises", "exercises/solutions", "assets")
+                               for path in (ROOT / folder).glob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(PAGES)}
 
 
