@@ -111,9 +111,9 @@ CIFAR10 = dict(NATURAL, data="cifar10", xflip=True, kimg=20_000.0, batch=512, lr
                ratio_lr=5e-4, ema_halflife_kimg=500.0)
 PRESETS = {
     # Few images: a faster ratio network memorises them; rates that fall to zero help.
-    "digits": dict(data="digits", init="runs/digits/pretrain/network.pt", kimg=100.0, batch=128,
-                   lr=1e-4, ratio_lr=3.5e-4, lr_decay_kimg=None, ema_halflife_kimg=20.0,
-                   log_kimg=5.0, grid_kimg=25.0, save_kimg=25.0),
+    "digits": dict(data="digits", init="runs/digits/pretrain/network.pt", kimg=60.0, batch=64,
+                   lr=1e-4, ratio_lr=3.5e-4, ratio_steps=2, lr_decay_kimg=None,
+                   ema_halflife_kimg=20.0, log_kimg=5.0, grid_kimg=20.0, save_kimg=20.0),
     # With one ratio step the ratio falls behind the generator (docs/method.md, section 5).
     "fashion-mnist": dict(data="fashion-mnist", init="runs/fashion-mnist/pretrain/network.pt",
                           kimg=448.0, batch=64, lr=1e-4, ratio_lr=3e-4, ratio_steps=2,

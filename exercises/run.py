@@ -36,9 +36,9 @@ from machinery.files import UserError  # noqa: E402
 
 # ---- Settings, as differences from the preset `digits` -----------------------------------------------
 
-STAGE1 = "runs/digits/pretrain/network.pt"  # of `make demo`
+STAGE1 = "assets/digits-stage1.pt"  # pretrain.py --kimg 200, in half precision
 KIMG = 24  # length of every run, thousands of images
-COMMON = f"--init {STAGE1} --kimg {KIMG} --batch 64"
+COMMON = f"--init {STAGE1} --kimg {KIMG} --batch 64 --ratio-steps 1"
 CURVE = f"--fid-every 4 --fid-features {STAGE1} --fid-images 1797"
 SAMPLES = 3594  # of each generator: twice the data
 ONE_LEVEL = "--p-mean 0.9163 --p-std 0.001"  # ln 2.5: a stage 1 at a single noise level, for the exercise `stage-1`

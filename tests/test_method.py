@@ -263,5 +263,3 @@ def test_resampling_by_the_exact_ratio_moves_the_generator_to_the_data():
     # Each image has its own seed, so other CPUs draw the same. Mean of 4000: 0.016 by chance; 8 candidates: 0.05 too low.
     assert abs(plain.mean()) < 0.05 and abs(x.mean() - 0.5) < 0.08 and abs(x.std() - 0.8) < 0.06
     assert 1 < size.mean() < 8
-    best, _, _ = sample.choose(Generator(), exact_ratio, range(4000), 0, "cpu", candidates=8, sigma=0.05, best=True)
-    assert best.std() < 0.5  # the mode-seeking limit collapses
