@@ -454,6 +454,10 @@ def precision_recall(reference, samples, k=3):
 def open_side(spec, resolution=None):
     """(`Statistics` or None, `Dataset` or None): what the file or data set `spec` holds."""
     names = set()
+    if spec.endswith(".pkl"):  # EDM2's references
+        with files.reading(spec, "a reference of EDM2 with mu and sigma under `fid`"):
+            found = files.read_pickle(spec)["fid"]
+            return Statistics(found["mu"], found["sigma"], "inception", name=spec), None
     if spec.endswith(".npz") and Path(spec).is_file():
         what = "a readable .npz of images or statistics"
         with files.reading(spec, what), np.load(spec, allow_pickle=False) as file:

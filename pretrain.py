@@ -115,7 +115,7 @@ def main():
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     ema.about = dict(role="denoiser", data=args.data,
                      class_frequencies=dataset.class_frequencies())
-    run = training.Run(args, rt, "stage 1", net=net, ema=ema, optimizer=optimizer)
+    run = training.Run(args, rt, "stage 1", dataset, net=net, ema=ema, optimizer=optimizer)
     run.print_start(net.config.architecture, dataset, net)
     batches = data.Batches(dataset, rt, args.seed, run.nimg)
 

@@ -159,7 +159,7 @@ def main():
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
     ema.about = dict(role="generator", t_init=args.t_init, divergence=args.divergence,
                      data=args.data, class_frequencies=dataset.class_frequencies())
-    run = training.Run(args, rt, "stage 2", generator=generator, ratio=ratio, ema=ema,
+    run = training.Run(args, rt, "stage 2", dataset, generator=generator, ratio=ratio, ema=ema,
                        train_generator=train_generator, train_ratio=train_ratio)
     run.print_start(args.divergence, dataset, generator, ratio)
     batches = data.Batches(dataset, rt, args.seed, run.nimg * args.ratio_steps)

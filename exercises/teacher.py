@@ -146,7 +146,7 @@ def main():
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
     ema.about = dict(role="generator", t_init=args.t_init, method=args.method, data=args.data,
                      class_frequencies=dataset.class_frequencies())
-    run = training.Run(args, rt, f"stage 2 with a teacher, {args.method}", generator=generator, student=student, ema=ema,
+    run = training.Run(args, rt, f"stage 2 with a teacher, {args.method}", dataset, generator=generator, student=student, ema=ema,
                        train_generator=optimizers[0], train_student=optimizers[1])
     run.print_start(args.method, dataset, generator, student)
     shape = (config.img_channels, config.img_resolution, config.img_resolution)

@@ -92,6 +92,12 @@ class Dataset:
             self.hash = digest.hexdigest()
         return self.hash
 
+    def describe(self):
+        """Name, size, classes and a hash of up to 1000 images: what a run must be resumed with."""
+        some = self.images[:: -(-len(self) // 1000)]
+        digest = hashlib.sha256(np.ascontiguousarray(some).data.cast("B")).hexdigest()[:8]
+        return f"{self.name} ({len(self)} images, {self.label_dim} classes, content {digest})"
+
     def batch(self, indices):
         """(raw images [n, ...], labels int64 [n] or None) at `indices`, on the CPU."""
         indices = np.asarray(indices)

@@ -381,10 +381,10 @@ class Run:
     signal all ranks stop at the same step, at `save`.
     """
 
-    def __init__(self, args, rt, stage, **parts):
+    def __init__(self, args, rt, stage, dataset, **parts):
         self.dir, self.rt, self.stage, self.parts = Path(args.outdir), rt, stage, parts
         self.settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
-        self.settings["precision"] = rt.precision
+        self.settings |= {"precision": rt.precision, "data": dataset.describe()}
         images = max(round(args.kimg * 1000), 1)
         self.total_nimg = -(-images // rt.batch) * rt.batch  # whole batches
         self.nimg = self.logged_nimg = 0
@@ -395,7 +395,7 @@ class Run:
             _at_end.enter_context(locked)
             files.remove_parts(self.dir)
         if self.path.exists():
-            state = files.load_checkpoint(self.path)
+            state = files.load_checkpoint(self.path, mmap=True)  # the ranks share its memory
             with files.reading(self.path, "a checkpoint of such a run", "choose another --outdir"):
                 self._restore(state)
         if (most := rt.agree(self.nimg)) != -rt.agree(-self.nimg):
@@ -496,8 +496,7 @@ class Run:
         for name, value in tensors.items():
             if not value.isfinite().all():
                 raise UserError(f"{name} is not finite at {self.nimg / 1000:g} kimg: training "
-                                "diverged; nothing of it is saved. Try a lower --lr, or --precision "
-                                "fp32 if it was another")
+                                "diverged and was not saved; try a lower --lr or --precision fp32")
 
     def write(self, record, text):
         """Write a log line, with the number of images seen, and print `text`."""

@@ -6,6 +6,7 @@ The real weights are not needed: random ones of a fixed recipe stand in for them
 import dataclasses
 import json
 import math
+import pickle
 import re
 import subprocess
 import sys
@@ -718,3 +719,18 @@ def test_bad_input_is_one_line(samples, message, command, network, tmp_path):
         path.write_text(samples)
     code, out, err = command(path, "digits", "--features", network)
     assert code == 2 and out == "" and err.count("\n") == 1 and re.search(message, err), err
+
+
+def test_a_reference_of_edm2_is_read_and_nothing_in_it_is_run(command, tmp_path):
+    """`{"fid": {"mu", "sigma"}}`, a pickle of NumPy arrays; anything else is one line."""
+    x = np.random.default_rng(0).normal(size=(3000, 2048))
+    own = fid.Statistics(x.mean(0), np.cov(x, rowvar=False), "inception")
+    own.save(tmp_path / "own.npz")
+    with open(tmp_path / "edm2.pkl", "wb") as file:
+        pickle.dump({"fid": {"mu": own.mu, "sigma": own.sigma}, "fd_dinov2": {}}, file)
+    code, out, _ = command(tmp_path / "own.npz", tmp_path / "edm2.pkl", "--json")
+    assert code == 0 and json.loads(out)["fid"] < 1e-6
+    with open(tmp_path / "other.pkl", "wb") as file:
+        pickle.dump({"mu": own.mu}, file)
+    code, _, error = command(tmp_path / "own.npz", tmp_path / "other.pkl")
+    assert code == 2 and "EDM2" in error and error.count("\n") == 1

@@ -352,6 +352,15 @@ def test_other_settings_do_not_overwrite_a_run(call, refused, stage1, tmp_path):
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.name != ".lock"} == before
 
 
+def test_a_run_does_not_continue_on_other_data_of_the_same_name(call, refused, tmp_path):
+    for name, value in (("red", 200), ("blue", 90)):
+        np.savez(tmp_path / "data.npz", images=np.full((8, 8, 8, 1), value, np.uint8))
+        args = [*SHORT, "--data", tmp_path / "data.npz", "--outdir", tmp_path / "run"]
+        if name == "red":
+            call(pretrain, *args, "--kimg", "0.032")
+    assert "8 images, 0 classes, content" in refused(pretrain, *args)
+
+
 def test_divergence_of_the_loss_leaves_the_last_checkpoint(call, refused, tmp_path):
     args = [*SHORT, "--outdir", tmp_path, "--lr", "1e30", "--lr-rampup-kimg", "0"]
     call(pretrain, *args, "--kimg", "0.032")
