@@ -6,7 +6,7 @@
     python exercises/run.py --list                             all exercises and their rows
     python exercises/run.py --diff fresh-z                     a change of code, as a diff
 
-All rows start from the stage-1 network of `make demo`. A row is a run of fixed length in runs/exercises/NAME, where NAME is
+All rows start from assets/digits-stage1.pt. A row is a run of fixed length in runs/exercises/NAME, where NAME is
 that of the results file, and a line of this file: its measures (exercises/measure.py) and its distance over training. A run
 that several exercises share is made once, and what has a line is not run again. After a stop the same command continues.
 """
@@ -41,7 +41,7 @@ KIMG = 24  # length of every run, thousands of images
 COMMON = f"--init {STAGE1} --kimg {KIMG} --batch 64 --ratio-steps 1"
 CURVE = f"--fid-every 4 --fid-features {STAGE1} --fid-images 1797"
 SAMPLES = 3594  # of each generator: twice the data
-ONE_LEVEL = "--p-mean 0.9163 --p-std 0.001"  # ln 2.5: a stage 1 at a single noise level, for the exercise `stage-1`
+ONE_LEVEL = "--kimg 200 --p-mean 0.9163 --p-std 0.001"  # ln 2.5: a stage 1 at a single noise level, for the exercise `stage-1`
 LEVELS = (0.1, 0.5, 1.0)  # noise levels at which the ratio network's calibration is measured
 REFERENCE = HERE / "results" / "runs.jsonl"
 NUMBERS = {  # of the pages in exercises/: names below, or a program of its own
@@ -249,7 +249,7 @@ def main():
 def run_all(args, rows):
     """Train and measure the rows {exercise: names} that have no line yet."""
     if not (WORK / STAGE1).exists():
-        raise UserError(f"the exercises start from {STAGE1}, which is missing; run `make demo` first, or `python pretrain.py`")
+        raise UserError(f"{STAGE1} is missing; get it from the repository")
     Path(args.results).parent.mkdir(parents=True, exist_ok=True)
     measures = None
     for seed in range(args.first_seed, args.seeds):
