@@ -38,7 +38,7 @@ from machinery.files import UserError  # noqa: E402
 
 STAGE1 = "assets/digits-stage1.pt"  # pretrain.py --kimg 200, in half precision
 KIMG = 24  # length of every run, thousands of images
-COMMON = f"--init {STAGE1} --kimg {KIMG} --batch 64 --ratio-steps 1"
+COMMON = f"--init {STAGE1} --kimg {KIMG} --batch 64"
 CURVE = f"--fid-every 4 --fid-features {STAGE1} --fid-images 1797"
 SAMPLES = 3594  # of each generator: twice the data
 ONE_LEVEL = "--kimg 200 --p-mean 0.9163 --p-std 0.001"  # ln 2.5: a stage 1 at a single noise level, for the exercise `stage-1`
@@ -129,9 +129,9 @@ def train(folder, flags, names, seed, length=()):
 
     length: further flags that come last, such as a shorter --kimg.
     """
-    script = ROOT / changes.SCRIPT
+    script, one_step = ROOT / changes.SCRIPT, "--ratio-steps 1"  # the preset takes two
     if names == ("teacher",):
-        script = HERE / "teacher.py"
+        script, one_step = HERE / "teacher.py", ""
     elif names:
         if any("one-level" in name for name in names):  # a finished stage 1 is not trained again
             outdir = (WORK / changes.ONE_LEVEL).parent
@@ -139,7 +139,7 @@ def train(folder, flags, names, seed, length=()):
         script = folder / changes.SCRIPT
         with files.atomic(script) as part:
             part.write_text(changes.changed(names)[1])
-    command = [sys.executable, str(script), *shlex.split(f"{COMMON} {CURVE} {flags}"), *length]
+    command = [sys.executable, str(script), *shlex.split(f"{COMMON} {CURVE} {one_step} {flags}"), *length]
     call([*command, "--seed", str(seed), "--outdir", str(folder)])
 
 
