@@ -493,7 +493,7 @@ def training_fid(args, dataset, run, net, write_networks):
         z, labels = sample.inputs(net, indices, args.seed, rt.device)
         return decode(sample.generate(net, z, labels))
 
-    def log_fid():
+    def measure_fid():
         if run.due(args.fid_every) and run.lacks("fid"):
             value = frechet_distance(measure(extractor, read, args.fid_images, rt)[0], reference)
             best = all(value < line.get("fid", math.inf) for line in run.log)
@@ -502,8 +502,8 @@ def training_fid(args, dataset, run, net, write_networks):
             name = distance_name(extractor.tag)
             run.write({"fid": value}, f"{name} {value:.4g} of {args.fid_images} samples")
 
-    log_fid()  # if the run was stopped before it
-    return log_fid
+    measure_fid()  # if the run was stopped before it
+    return measure_fid
 
 
 def arguments():

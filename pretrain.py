@@ -23,7 +23,7 @@ from machinery.training import finite, fraction, not_negative
 
 SETTINGS = dict(  # {flag: (default, help[, type or choices])}
     network=(None, "architecture; its resolution follows the data", list(networks.NETWORKS)),
-    cond=(False, "condition on the class labels of the data"),
+    cond=(False, "condition on the class labels of the data (default: they are not used)"),
     xflip=(False, "mirror half of the images"),
     dropout=(None, "dropout probability (default: that of --network)", fraction),
     p_mean=(-1.2, "mean of ln sigma, sigma being the noise level (EDM, Table 1)", finite),

@@ -2,7 +2,7 @@
 
 DiffRatio: Training One-Step Diffusion Models Without Teacher Supervision, arXiv 2502.08005. The
 generator is G(z) = D(t_init z; t_init), a copy of the stage-1 network at one noise level. A ratio
-network learns to tell noised data from noised samples; its logit h estimates log p_sigma / q_sigma.
+network learns to tell noised data from noised samples; its logit h estimates log(p_sigma/q_sigma).
 The generator follows the gradient of a divergence of h. There is no teacher.
 
 Reads a data set and the network of stage 1 (`--init`: a network.pt of pretrain.py or a published
@@ -10,14 +10,13 @@ EDM or EDM2 pickle). Writes into --outdir network.pt (the averaged generator), r
 checkpoint, a log and sample grids. The same command again resumes the run.
 
     python train_diffratio.py                                  after python pretrain.py
-    torchrun train_diffratio.py --divergence dijs
+    torchrun train_diffratio.py --divergence dijs              or dikl, dirm, fkl
     torchrun --nproc-per-node 8 train_diffratio.py --preset cifar10
 """
 
 import machinery  # before PyTorch: how its threads wait
 import copy
 import dataclasses
-import functools
 import math
 from pathlib import Path
 
@@ -32,10 +31,10 @@ from machinery import checkpoints, data, training
 from machinery.training import UserError, finite, fraction, not_negative
 
 # -------------------------------------------------------------------------------------------------
-# The method. docs/method.md derives each formula. h = log p_sigma / q_sigma, data over generator.
+# The method. docs/method.md derives each formula. h = log(p_sigma/q_sigma), data over generator.
 
-# The gradient of D_f(q || p) = E_p[f(u)], u = q / p, is that of E_q[f'(u)] with u held fixed. So a
-# line gives f'(exp(-h)), up to a constant. One line is one method.
+# The gradient of D_f(q || p) = E_p[f(u)], u = q / p, is that of E_q[f'(u)] with u held fixed. Each
+# line is f'(u) at u = exp(-h), up to a constant.
 DIVERGENCES = {
     "dijs": lambda h: -0.5 * F.softplus(h),  # Jensen-Shannon, f = (u ln u - (u+1) ln((u+1)/2)) / 2
     "dikl": lambda h: -h,  # reverse Kullback-Leibler, f = u ln u
@@ -45,14 +44,13 @@ DIVERGENCES = {
 
 
 def noise_levels(args, rt):
-    """Noise levels sigma [images of this rank] at which p and q are compared, for both networks.
+    """Noise levels sigma [N] at which p and q are compared, for both networks.
 
-    lognormal: ln sigma ~ N(p_mean, p_std^2), as EDM trains (Table 1). karras: uniform in the index
-    of EDM's schedule (Equation 5), up to the share `karras_share` from its low end, as SiD does.
+    rt.randn() and rt.rand() give one number for each of this rank's N images.
     """
-    if args.noise == "lognormal":
-        return (rt.randn() * args.p_std + args.p_mean).exp()
-    return sample.karras_sigma(rt.rand() * args.karras_share)
+    if args.noise == "karras":  # uniform in the index of EDM's schedule (Equation 5), as SiD
+        return sample.karras_sigma(rt.rand() * args.karras_share)
+    return (rt.randn() * args.p_std + args.p_mean).exp()  # ln sigma normal, as EDM (Table 1)
 
 
 def ratio_loss(ratio, real, fake, sigma, eps_real, eps_fake, labels=None):
@@ -75,9 +73,9 @@ def generator_loss(ratio, fake, sigma, eps, divergence, labels=None):
 
 
 def learning_rate_factor(args, nimg):
-    """Half a cosine from one to zero over --lr-decay-kimg (default: the run), or constant one."""
-    length = args.kimg if args.lr_decay_kimg is None else args.lr_decay_kimg
-    return 0.5 * (1 + math.cos(math.pi * min(nimg / (length * 1000), 1))) if length else 1.0
+    """Cosine decay from 1 to 0 over --lr-decay-kimg; 0: constant; None: over the whole run."""
+    kimg = args.kimg if args.lr_decay_kimg is None else args.lr_decay_kimg
+    return 0.5 + 0.5 * math.cos(math.pi * min(nimg / (kimg * 1000), 1)) if kimg else 1.0
 
 
 # -------------------------------------------------------------------------------------------------
@@ -95,9 +93,9 @@ SETTINGS = dict(
     karras_share=(0.8, "karras: share of the schedule from its low end; 0.8 is up to 24.4 (SiD's)"),
     lr=(None, "learning rate of the generator (Adam)", float),
     ratio_lr=(None, "learning rate of the ratio network (Adam)", float),
-    lr_decay_kimg=(0.0, "thousands of images over which both rates fall to 0 as half a cosine; "
-                   "0: constant (default of the small presets: the whole run)", not_negative),
-    beta1=(0.0, "Adam's beta1 of both networks (the paper's); larger ones collapse", fraction),
+    lr_decay_kimg=(0.0, "cosine decay of both rates to 0 over so many thousand images; 0: constant "
+                   "(default of the small presets: the whole run)", not_negative),
+    beta1=(0.0, "Adam's beta1 of both networks (the paper's); 0.9 collapses", fraction),
     beta2=(0.999, "Adam's beta2 of both networks", fraction),
     ema_halflife_kimg=(2000.0, "half-life of the averaged generator, thousands of images"),
     ratio_steps=(1, "steps of the ratio network per step of the generator (the paper's: 1)"),
@@ -105,16 +103,16 @@ SETTINGS = dict(
     xflip=(False, "mirror half of the images"),
 )
 # The paper gives t_init, beta1, ratio_steps and the divergences; all else is our choice. For the
-# large systems it follows peers and was not run at length (docs/large-scale.md).
+# large systems it follows related methods and was not run at length (docs/large-scale.md).
 NATURAL = dict(noise="karras", grid_kimg=200.0)
 CIFAR10 = dict(NATURAL, data="cifar10", xflip=True, kimg=20_000.0, batch=512, lr=1e-4,
                ratio_lr=5e-4, ema_halflife_kimg=500.0)
 PRESETS = {
-    # Few images: a faster ratio network memorises them; rates that fall to zero help.
+    # Rates that fall to zero bring samples closer. With one ratio step at 28x28 the ratio falls
+    # behind the generator (docs/method.md, section 7).
     "digits": dict(data="digits", init="runs/digits/pretrain/network.pt", kimg=60.0, batch=64,
                    lr=1e-4, ratio_lr=3.5e-4, ratio_steps=2, lr_decay_kimg=None,
                    ema_halflife_kimg=20.0, log_kimg=5.0, grid_kimg=20.0, save_kimg=20.0),
-    # With one ratio step the ratio falls behind the generator (docs/method.md, section 5).
     "fashion-mnist": dict(data="fashion-mnist", init="runs/fashion-mnist/pretrain/network.pt",
                           kimg=448.0, batch=64, lr=1e-4, ratio_lr=3e-4, ratio_steps=2,
                           lr_decay_kimg=None, ema_halflife_kimg=20.0,
@@ -153,14 +151,14 @@ def main():
     del init  # no teacher is kept
     for net in (generator, ratio):
         networks.place(net, rt.device, args.compile).train()
-    # beta1 = 0: the field changes with the ratio network, and momentum follows an old one.
-    train_generator = training.Optimizer(generator, rt, (args.beta1, args.beta2))
-    train_ratio = training.Optimizer(ratio, rt, (args.beta1, args.beta2))
+    # beta1 = 0: momentum would follow the gradients of earlier ratio networks.
+    generator_optimizer = training.Optimizer(generator, rt, (args.beta1, args.beta2))
+    ratio_optimizer = training.Optimizer(ratio, rt, (args.beta1, args.beta2))
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
     ema.about = dict(role="generator", t_init=args.t_init, divergence=args.divergence,
                      data=args.data, class_frequencies=dataset.class_frequencies())
     run = training.Run(args, rt, "stage 2", dataset, generator=generator, ratio=ratio, ema=ema,
-                       train_generator=train_generator, train_ratio=train_ratio)
+                       generator_optimizer=generator_optimizer, ratio_optimizer=ratio_optimizer)
     run.print_start(args.divergence, dataset, generator, ratio)
     batches = data.Batches(dataset, rt, args.seed, run.nimg * args.ratio_steps)
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
@@ -169,39 +167,39 @@ def main():
         return sample.one_step(generator, z, labels, args.t_init)
 
     def generator_objective(z, fake, sigma, eps, labels):
-        fake = fake if fake.requires_grad else G(z, labels)  # several micro-batches: drawn again
+        fake = fake if fake.requires_grad else G(z, labels)  # no graph with several micro-batches
         return [generator_loss(ratio, fake, sigma, eps, args.divergence, labels)]
 
     def write_networks(suffix="", **about):
         about = {**ema.about, "nimg": run.nimg, **about}
         checkpoints.save_network(run.dir / f"network{suffix}.pt", ema, **about)
-        checkpoints.save_network(run.dir / f"ratio{suffix}.pt", ratio, **about | {"role": "ratio"})
+        checkpoints.save_network(run.dir / f"ratio{suffix}.pt", ratio, **{**about, "role": "ratio"})
 
-    log_fid = fid.training_fid(args, dataset, run, ema, write_networks)
+    measure_fid = fid.training_fid(args, dataset, run, ema, write_networks)
     while run.unfinished():
-        # 1. Ratio: tell noised data from noised samples of the present generator. This comes first:
-        #    a generator that follows the ratio of an older one ends twice as far from the data.
         factor = learning_rate_factor(args, run.nimg)
+        # 1. Ratio: tell noised data from noised samples of the present generator. This comes first:
+        #    with a ratio that lags one generator step, FD doubles (exercise 5).
         ratio.requires_grad_(True)
         for k in range(args.ratio_steps):
-            rt.seed(args.seed, run.nimg, k, "stage 2")
+            rt.seed(args.seed, run.nimg, k, "stage 2")  # of all that is drawn in this step
             real, labels = batches.training_batch(args.xflip)
-            labels = labels if config.label_dim else None  # samples carry the classes of the data
+            labels = labels if config.label_dim else None  # samples get the classes of the data
             z, sigma = rt.randn(*shape), noise_levels(args, rt)
-            fake = rt.in_parts(G, z, labels, graph=k == args.ratio_steps - 1)  # for step 2
+            fake = rt.in_parts(G, z, labels, graph=k == args.ratio_steps - 1)  # used in step 2
             eps_real, eps_fake = rt.randn(*shape), rt.randn(*shape)
-            _, h_real, h_fake = train_ratio.step(
-                args.ratio_lr * factor, functools.partial(ratio_loss, ratio),
+            _, h_real, h_fake = ratio_optimizer.step(
+                args.ratio_lr * factor, lambda *tensors: ratio_loss(ratio, *tensors),
                 real, fake.detach(), sigma, eps_real, eps_fake, labels)
             run.add(bands=training.band_sums(sigma, h_real, h_fake))
 
         # 2. Generator: the same samples, noised anew, judged by the ratio just trained, now frozen.
         ratio.requires_grad_(False)
         sigma, eps = noise_levels(args, rt), rt.randn(*shape)
-        (loss,) = train_generator.step(
+        (loss,) = generator_optimizer.step(
             args.lr * factor, generator_objective, z, fake, sigma, eps, labels)
         run.add(generator_loss=loss.sum())
-        run.advance()
+        run.advance()  # counts the images; notes a signal
         networks.update_ema(ema, generator, rt.batch, args.ema_halflife_kimg * 1000, run.nimg)
 
         # 3. Log, look, save, measure.
@@ -210,8 +208,8 @@ def main():
         if run.due(args.grid_kimg):
             sample.preview(ema, run, args.seed)
         if run.due(args.save_kimg) or run.due(args.fid_every) or run.stopping:
-            run.save(write_networks)
-        log_fid()
+            run.save(write_networks)  # after a signal this ends the script
+        measure_fid()
 
 
 def load_init(args, dataset):
@@ -227,10 +225,10 @@ def load_init(args, dataset):
     net = checkpoints.load_network(args.init, role="denoiser")
     config = net.config
     if config.label_dim and (dataset.labels is None or dataset.label_dim > config.label_dim):
-        dataset.require_labels()  # and number the classes as stage 1 did
+        dataset.require_labels()  # numbers the classes as stage 1 did
     wanted = (config.img_resolution, config.img_channels, config.label_dim)
     found = (dataset.resolution, dataset.channels, dataset.label_dim)
-    if wanted[:2] != found[:2] or wanted[2] and not 0 < found[2] <= wanted[2]:
+    if wanted[:2] != found[:2] or (wanted[2] and not 0 < found[2] <= wanted[2]):
         raise UserError(f"{args.init} has (resolution, channels, classes) {wanted}, but "
                         f"{dataset.name} has {found}; choose the data of stage 1")
     return net

@@ -61,7 +61,7 @@ def stage_2(config, rt, compiled=False):
     generator = networks.place(networks.Denoiser(config).train(), rt.device, compiled)
     ratio = networks.place(networks.RatioNetwork(config).train(), rt.device, compiled)
     ema, draw = copy.deepcopy(generator), Batch(config, rt)
-    train_generator, train_ratio = (training.Optimizer(net, rt, (0.0, 0.999)) for net in (generator, ratio))
+    generator_optimizer, ratio_optimizer = (training.Optimizer(net, rt, (0.0, 0.999)) for net in (generator, ratio))
     ratio_objective = functools.partial(train_diffratio.ratio_loss, ratio)
 
     def generator_objective(fake, sigma, eps, labels):
@@ -70,9 +70,9 @@ def stage_2(config, rt, compiled=False):
     def step():
         ratio.requires_grad_(True)
         fake = rt.in_parts(functools.partial(sample.one_step, generator), draw.z, draw.labels)
-        train_ratio.step(1e-5, ratio_objective, draw.x, fake.detach(), draw.sigma, draw.eps, draw.eps_fake, draw.labels)
+        ratio_optimizer.step(1e-5, ratio_objective, draw.x, fake.detach(), draw.sigma, draw.eps, draw.eps_fake, draw.labels)
         ratio.requires_grad_(False)
-        train_generator.step(1e-5, generator_objective, fake, draw.sigma_generator, draw.eps_generator, draw.labels)
+        generator_optimizer.step(1e-5, generator_objective, fake, draw.sigma_generator, draw.eps_generator, draw.labels)
         networks.update_ema(ema, generator, rt.batch, 500_000, rt.batch)
 
     return step

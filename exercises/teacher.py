@@ -147,14 +147,14 @@ def main():
     ema.about = dict(role="generator", t_init=args.t_init, method=args.method, data=args.data,
                      class_frequencies=dataset.class_frequencies())
     run = training.Run(args, rt, f"stage 2 with a teacher, {args.method}", dataset, generator=generator, student=student, ema=ema,
-                       train_generator=optimizers[0], train_student=optimizers[1])
+                       generator_optimizer=optimizers[0], student_optimizer=optimizers[1])
     run.print_start(args.method, dataset, generator, student)
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
 
     def write_networks(suffix="", **about):
         checkpoints.save_network(run.dir / f"network{suffix}.pt", ema, **{**ema.about, "nimg": run.nimg, **about})
 
-    log_fid = fid.training_fid(args, dataset, run, ema, write_networks)
+    measure_fid = fid.training_fid(args, dataset, run, ema, write_networks)
     while run.unfinished():
         factor = train_diffratio.learning_rate_factor(args, run.nimg)
         rt.seed(args.seed, run.nimg, 0, "stage 2")
@@ -176,7 +176,7 @@ def main():
             sample.preview(ema, run, args.seed)
         if run.due(args.save_kimg) or run.due(args.fid_every) or run.stopping:
             run.save(write_networks)
-        log_fid()
+        measure_fid()
 
 
 def cost(args, rt):

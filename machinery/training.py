@@ -1,4 +1,4 @@
-"""What the scripts share that is not the method: ranks, randomness, optimizer steps, runs."""
+"""What is not the method: ranks, randomness, optimizer steps, runs, the log of stage 2."""
 
 import argparse
 import contextlib
@@ -26,11 +26,11 @@ from machinery.files import UserError
 # The end of a process.
 
 _at_end = contextlib.ExitStack()  # closed when a script ends: the lock of its folder, its handlers
-_signals = argparse.Namespace(in_step=False, number=0, time=0.0)  # the first that came in a step
+_signals = argparse.Namespace(in_step=False, number=0, time=0.0)  # first signal of the step
 
 
 class Stopped(BaseException):
-    """A signal ends the script where nothing is lost. Arguments: the line, the signal."""
+    """A signal ends the script where nothing is lost: Stopped(line to print, signal)."""
 
 
 def run(main):
@@ -103,7 +103,7 @@ def _end(message, code=2, patience=1):
 
 
 def seed_of(*key):
-    """A 63-bit seed from integers and strings, the same on every machine."""
+    """A 63-bit seed from integers and strings, the same everywhere; CPUs use 32 of its bits."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
@@ -366,7 +366,7 @@ def arguments(doc, settings, presets):
 # -------------------------------------------------------------------------------------------------
 # A training run.
 
-FREE_FLAGS = {  # may change when a run is resumed: they do not decide what a step computes
+FREE_FLAGS = {  # may change when a run is resumed; only kimg changes its result, if rates decay
     "preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg",
     "save_kimg", "fid_every", "fid_images", "fid_reference", "fid_features", "inception",
 }
@@ -377,8 +377,8 @@ class Run:
     """A training run and its folder: checkpoint, log, what is due.
 
     `parts` {name: network or optimizer} is what a checkpoint holds, the averaged weights as "ema".
-    A checkpoint in the folder is resumed. Other settings and a second process are refused. After a
-    signal all ranks stop at the same step, at `save`.
+    A checkpoint in the folder is resumed; with other settings that is refused, and so is a second
+    process. After a signal all ranks stop at the same step, at `save`.
     """
 
     def __init__(self, args, rt, stage, dataset, **parts):
@@ -409,7 +409,7 @@ class Run:
     def print_start(self, what, dataset, *nets):
         """Print what is trained, on which data and where."""
         rt, sizes = self.rt, [f"{networks.parameter_count(net) / 1e6:.2f}" for net in nets]
-        labels = "labels not used (--cond)" if dataset.label_dim else "no labels"
+        labels = "labels not used" if dataset.label_dim else "no labels"
         if nets[0].config.label_dim:
             labels = " ".join([f"{dataset.label_dim} classes", *(dataset.classes or [])[:10]])
         rt.print(f"{self.stage}: {what}, {' + '.join(sizes)} M parameters, {dataset.name} "
