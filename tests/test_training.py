@@ -54,7 +54,7 @@ def test_stage_2_brings_samples_closer_to_the_data(call, stage1, tmp_path):
 
 def test_two_iterations_written_out_by_hand(call, stage1, tmp_path):
     """The script's loop equals the method in its plainest form: no shared forward, gradients asked for one network at a time."""
-    call(train_diffratio, *SHORT, "--kimg", "0.064", "--lr", "1e-3", "--ratio-lr", "1e-3", "--lr-decay-kimg", "0",
+    call(train_diffratio, *SHORT, "--kimg", "0.064", "--lr", "1e-3", "--ratio-lr", "1e-3", "--lr-decay-kimg", "0", "--ratio-steps", "1",
          "--init", stage1 / "network.pt", "--outdir", tmp_path)  # fmt: skip
 
     digits, rt, seed = data.load("digits"), training.start("cpu", batch=32), 0
