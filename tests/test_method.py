@@ -1,4 +1,4 @@
-"""Facts about the method that have a closed form: ratios, divergences, denoisers and samplers of Gaussians."""
+"""Facts that have a closed form: ratios, divergences, denoisers and samplers of Gaussians."""
 
 import math
 
@@ -11,20 +11,24 @@ import sample
 import train_diffratio
 from networks import Config, Denoiser, preconditioning
 
-# ---------------------------------------------------------------------------------------------------------
-# The ratio network: trained as a classifier it learns log p_sigma / q_sigma, and its gradient is the score difference.
-
 
 class SmallRatio(nn.Module):
     """An MLP with the ratio network's interface, for points x [N, 2, 1, 1]."""
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
+        self.layers = nn.Sequential(
+            nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
 
     def forward(self, x, sigma, labels=None):
         c_in, c_noise = preconditioning("edm", sigma, 0.5)[2:]
-        return self.layers(torch.cat([x.flatten(1) * c_in[:, None], c_noise[:, None]], dim=1)).flatten()
+        x = torch.cat([x.flatten(1) * c_in[:, None], c_noise[:, None]], dim=1)
+        return self.layers(x).flatten()
+
+
+def log_normal(x, mean, std):
+    std = torch.as_tensor(std, dtype=x.dtype)
+    return -((x - mean) ** 2) / (2 * std**2) - (std * math.sqrt(2 * math.pi)).log()
 
 
 MEAN_P, MEAN_Q = torch.tensor([0.4, 0.0]), torch.tensor([-0.2, 0.3])
@@ -32,11 +36,9 @@ STD_P, STD_Q = 0.5, 0.4
 
 
 def gaussian_log_ratio(x, sigma):
-    """log N(x; MEAN_P, STD_P^2 + sigma^2) - log N(x; MEAN_Q, STD_Q^2 + sigma^2) for x [N, 2]."""
-    variance_p, variance_q = STD_P**2 + sigma**2, STD_Q**2 + sigma**2
-    log_p = -(x - MEAN_P).square().sum(1) / (2 * variance_p) - math.log(variance_p)
-    log_q = -(x - MEAN_Q).square().sum(1) / (2 * variance_q) - math.log(variance_q)
-    return log_p - log_q
+    """log p_sigma - log q_sigma of x [N, 2]."""
+    log_p = log_normal(x, MEAN_P, math.sqrt(STD_P**2 + sigma**2)).sum(1)
+    return log_p - log_normal(x, MEAN_Q, math.sqrt(STD_Q**2 + sigma**2)).sum(1)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,8 @@ def trained_ratio():
         real = (MEAN_P + STD_P * torch.randn(n, 2))[:, :, None, None]
         fake = (MEAN_Q + STD_Q * torch.randn(n, 2))[:, :, None, None]
         sigma = (torch.randn(n) * 1.2 - 1.2).exp()
-        loss, _, _ = train_diffratio.ratio_loss(ratio, real, fake, sigma, torch.randn_like(real), torch.randn_like(fake))
+        eps, eps_fake = torch.randn_like(real), torch.randn_like(fake)
+        loss, _, _ = train_diffratio.ratio_loss(ratio, real, fake, sigma, eps, eps_fake)
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
@@ -59,29 +62,21 @@ def trained_ratio():
 
 @pytest.mark.parametrize("sigma", [0.05, 0.2, 0.5, 1.0])
 def test_ratio_and_its_gradient_match_two_gaussians(trained_ratio, sigma):
-    """Root mean square over the samples: the logit within 12 % of its spread, the score difference within 20 %.
+    """A classifier learns log p_sigma / q_sigma, and its gradient is the difference of the scores.
 
-    On another CPU rounding makes training another one, as another seed does: eight seeds reached 7 % and 12 % at worst.
+    Root mean square over the samples: the logit within 12 % of its spread, the gradient within 20 %
+    of the difference. CPUs round differently, which acts as a seed: eight reached 7 and 12 %.
     """
     torch.manual_seed(1)
     x = MEAN_Q + math.sqrt(STD_Q**2 + sigma**2) * torch.randn(2000, 2)
     x.requires_grad_(True)
     exact = gaussian_log_ratio(x, sigma)
-    score_difference = torch.autograd.grad(exact.sum(), x)[0]
+    scores = torch.autograd.grad(exact.sum(), x)[0]
     learned = trained_ratio(x[:, :, None, None], torch.full((2000,), sigma))
     gradient = torch.autograd.grad(learned.sum(), x)[0]
     assert (learned - exact).square().mean().sqrt() < 0.12 * exact.std()
-    assert (gradient - score_difference).square().mean().sqrt() < 0.20 * score_difference.square().mean().sqrt()
+    assert (gradient - scores).square().mean().sqrt() < 0.20 * scores.square().mean().sqrt()
 
-
-def test_ratio_loss_is_ln_2_for_a_blind_network():
-    x = torch.randn(5, 1, 8, 8)
-    loss, _, _ = train_diffratio.ratio_loss(lambda x, s, y: torch.zeros(len(x)), x, x, torch.ones(5), x, x)
-    torch.testing.assert_close(loss, torch.full((5,), math.log(2)))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The divergences.
 
 F_OF_U = {  # D_f(q || p) = E_p[f(u)] with u = q/p
     "dijs": lambda u: 0.5 * (u * u.log() - (u + 1) * ((u + 1) / 2).log()),
@@ -93,26 +88,19 @@ F_OF_U = {  # D_f(q || p) = E_p[f(u)] with u = q/p
 
 @pytest.mark.parametrize("name", F_OF_U)
 def test_loss_is_the_derivative_of_f_at_the_inverse_ratio(name):
-    """loss(h) = f'(exp(-h)), up to a constant that no gradient sees."""
-    h = torch.linspace(-4, 4, 41, dtype=torch.float64)
+    """loss(h) = f'(exp(-h)), up to a constant that no gradient sees; dirm is -log P(data)."""
+    h, loss = torch.linspace(-4, 4, 41, dtype=torch.float64), train_diffratio.DIVERGENCES[name]
     u = torch.cat([(-h).exp(), torch.ones(1, dtype=torch.float64)]).requires_grad_(True)
     derivative = torch.autograd.grad(F_OF_U[name](u).sum(), u)[0]
-    loss = train_diffratio.DIVERGENCES[name]
-    torch.testing.assert_close(loss(h) - loss(torch.zeros_like(h)), derivative[:-1] - derivative[-1])
-
-
-def test_realism_maximisation_is_the_log_probability_of_data():
-    h = torch.linspace(-4, 4, 41, dtype=torch.float64)
-    torch.testing.assert_close(train_diffratio.DIVERGENCES["dirm"](h), -torch.sigmoid(h).log())
+    difference = loss(h) - loss(torch.zeros_like(h))
+    torch.testing.assert_close(difference, derivative[:-1] - derivative[-1])
+    if name == "dirm":
+        torch.testing.assert_close(loss(h), -torch.sigmoid(h).log())
 
 
 # Gradients by quadrature for q = N(theta, 1) at theta = 0.7 and p = N(0, 1.5^2).
 GRID = torch.linspace(-12, 12, 20001, dtype=torch.float64)
 THETA = 0.7
-
-
-def log_normal(x, mean, std):
-    return -((x - mean) ** 2) / (2 * std**2) - math.log(std * math.sqrt(2 * math.pi))
 
 
 def exact_gradient(f):
@@ -124,59 +112,48 @@ def exact_gradient(f):
 
 
 def pathwise_gradient(loss):
-    """d/dtheta of E_z[loss(h(theta + z))], where h = ln p/q is a function of x only: q is held fixed."""
+    """d/dtheta of E_z[loss(h(theta + z))], where h = ln p/q depends on x only: q is held fixed."""
     theta = torch.tensor(THETA, dtype=torch.float64, requires_grad=True)
     x = theta + GRID
     h = log_normal(x, 0, 1.5) - log_normal(x, THETA, 1)
-    return torch.autograd.grad(torch.trapezoid(log_normal(GRID, 0, 1).exp() * loss(h), GRID), theta)[0]
+    expectation = torch.trapezoid(log_normal(GRID, 0, 1).exp() * loss(h), GRID)
+    return torch.autograd.grad(expectation, theta)[0]
 
 
 @pytest.mark.parametrize("name", F_OF_U)
 def test_pathwise_gradient_is_the_gradient_of_the_divergence(name):
-    """This is what lets the generator follow f'(q/p), held fixed, although f(q/p) itself depends on theta through q.
+    """So the generator may follow f'(q/p), held fixed, although f(q/p) itself depends on theta.
 
-    What the grid cuts off is below 1e-10 (p at 8 standard deviations); float64 sums of 20001 terms are more exact.
+    The grid cuts off less than 1e-10 (p at 8 standard deviations); float64 is more exact.
     """
-    found, exact = pathwise_gradient(train_diffratio.DIVERGENCES[name]), exact_gradient(F_OF_U[name])
-    torch.testing.assert_close(found, exact, rtol=0, atol=1e-9)
+    found = pathwise_gradient(train_diffratio.DIVERGENCES[name])
+    torch.testing.assert_close(found, exact_gradient(F_OF_U[name]), rtol=0, atol=1e-9)
 
 
 def test_f_of_u_over_u_held_fixed_is_no_gradient_of_the_divergence():
-    """E_q[f(u)/u] is the divergence as well, but not all of its gradient is pathwise: here even the sign is wrong."""
+    """E_q[f(u)/u] is the divergence as well, but its pathwise gradient has even the wrong sign."""
     f = F_OF_U["dijs"]
     wrong = pathwise_gradient(lambda h: f((-h).exp()) / (-h).exp())
     assert exact_gradient(f).item() == pytest.approx(0.0877, abs=1e-4)
     assert wrong.item() == pytest.approx(-0.1286, abs=1e-4)
 
 
-def test_generator_loss_reaches_the_generator_and_not_the_frozen_ratio():
+def test_a_blind_ratio_loses_ln_2_and_the_generator_loss_does_not_reach_the_frozen_ratio():
+    x, blind = torch.randn(5, 1, 8, 8), lambda x, sigma, labels: torch.zeros(len(x))
+    loss, _, _ = train_diffratio.ratio_loss(blind, x, x, torch.ones(5), x, x)
+    torch.testing.assert_close(loss, torch.full((5,), math.log(2)))
     torch.manual_seed(0)
     ratio = SmallRatio().requires_grad_(False)
-    fake = torch.randn(4, 2, 1, 1, requires_grad=True)
-    train_diffratio.generator_loss(ratio, fake, torch.ones(4), torch.randn(4, 2, 1, 1), "dijs").sum().backward()
+    fake, eps = torch.randn(4, 2, 1, 1, requires_grad=True), torch.randn(4, 2, 1, 1)
+    train_diffratio.generator_loss(ratio, fake, torch.ones(4), eps, "dijs").sum().backward()
     assert fake.grad.abs().sum() > 0
     assert all(p.grad is None for p in ratio.parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Denoisers and samplers.
-
-
-class PointMass(nn.Module):
-    """The ideal denoiser of data that is the single image x0: x0, whatever the noise."""
+class GaussianDenoiser(nn.Module):
+    """The ideal denoiser of N(mean, std^2) data: the posterior mean. std 0: of a single image."""
 
     config = Config(img_resolution=8, img_channels=1)
-
-    def __init__(self, x0):
-        super().__init__()
-        self.x0 = x0
-
-    def forward(self, x, sigma, labels=None):
-        return self.x0.expand_as(x)
-
-
-class GaussianDenoiser(nn.Module):
-    """The ideal denoiser of N(mean, std^2) data: the posterior mean."""
 
     def __init__(self, mean, std):
         super().__init__()
@@ -187,25 +164,23 @@ class GaussianDenoiser(nn.Module):
         return self.mean + self.std**2 / (self.std**2 + s**2) * (x - self.mean)
 
 
-def test_denoiser_of_a_point_mass_has_no_loss_and_no_other_has():
+def test_denoiser_of_a_point_mass_has_no_loss_and_heun_lands_on_it():
     torch.manual_seed(0)
     x0 = torch.rand(1, 1, 8, 8) - 0.5
+    net, other = GaussianDenoiser(x0, 0), GaussianDenoiser(x0 + 0.1, 0)
     x, eps, sigma = x0.expand(6, 1, 8, 8), torch.randn(6, 1, 8, 8), torch.logspace(-2, 1, 6)
-    torch.testing.assert_close(pretrain.denoising_loss(PointMass(x0), x, sigma, eps), torch.zeros(6))
-    assert (pretrain.denoising_loss(PointMass(x0 + 0.1), x, sigma, eps) > 0.1).all()
-
-
-def test_heun_on_a_point_mass_lands_on_it():
-    x0 = torch.rand(1, 1, 8, 8) - 0.5
-    images = sample.heun(PointMass(x0), torch.randn(5, 1, 8, 8), steps=6)
-    torch.testing.assert_close(images, x0.expand(5, 1, 8, 8), atol=1e-6, rtol=0)  # float64 inside: one float32 rounding
+    torch.testing.assert_close(pretrain.denoising_loss(net, x, sigma, eps), torch.zeros(6))
+    assert (pretrain.denoising_loss(other, x, sigma, eps) > 0.1).all()
+    images = sample.heun(net, torch.randn(6, 1, 8, 8), steps=6)
+    torch.testing.assert_close(images, x, atol=1e-6, rtol=0)  # float64 inside: one float32 rounding
 
 
 def test_a_network_trained_on_one_image_approaches_its_known_denoiser():
-    """A few steps of stage 1 on a single image: D(x0 + sigma eps; sigma) comes close to x0 at all noise levels."""
+    """Stage 1 on a single image: D(x0 + sigma eps; sigma) comes close to x0 at all noise levels."""
     torch.manual_seed(0)
     x0 = torch.rand(1, 1, 8, 8) - 0.5
-    net = Denoiser(Config(img_resolution=8, img_channels=1, model_channels=32, channel_mult=(1,), num_blocks=1, attn_resolutions=()))
+    net = Denoiser(Config(img_resolution=8, img_channels=1, model_channels=32, channel_mult=(1,),
+                          num_blocks=1, attn_resolutions=()))
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     x = x0.expand(32, 1, 8, 8)
     for _ in range(120):
@@ -216,50 +191,45 @@ def test_a_network_trained_on_one_image_approaches_its_known_denoiser():
     sigma = torch.tensor([0.2, 1.0, 5.0])
     with torch.no_grad():
         error = net(x0 + sigma[:, None, None, None] * torch.randn(3, 1, 8, 8), sigma) - x0
-    assert error.square().mean().sqrt() < 0.15  # the image itself has 0.28; six seeds reached 0.06 to 0.10
+    assert error.square().mean().sqrt() < 0.15  # the image has 0.28; six seeds reached 0.06 to 0.10
 
 
 def test_heun_reaches_a_known_gaussian_and_its_error_falls_with_the_square_of_the_steps():
-    """The flow of N(mean, std^2) data is linear: x(0) = mean + std / sqrt(std^2 + sigma_max^2) (x(sigma_max) - mean)."""
+    """The flow of N(mean, std^2) data is linear: x(0) - mean = (x(sigma_max) - mean)
+    std / sqrt(std^2 + sigma_max^2)."""
     mean, std, sigma_max = 0.3, 0.25, 80.0
     z = torch.randn(64, 1, 4, 4, generator=torch.manual_seed(0))
     exact = mean + std / math.sqrt(std**2 + sigma_max**2) * (sigma_max * z - mean)
-    error = {n: (sample.heun(GaussianDenoiser(mean, std), z, steps=n) - exact).std().item() for n in (18, 36, 72)}
+    net = GaussianDenoiser(mean, std)
+    error = {n: (sample.heun(net, z, steps=n) - exact).std().item() for n in (18, 36, 72)}
     # The smallest error is 9e-4; float32 rounding in the denoiser is 1e-7 of its output.
     assert error[18] < 0.1 * std and error[72] < 0.01 * std
     assert 3 < error[18] / error[36] < 6 and 3 < error[36] / error[72] < 6
 
 
-def test_noise_levels_fall_from_sigma_max_to_zero():
-    sigmas = sample.sigma_steps(18)
+def test_noise_levels_fall_from_sigma_max_to_zero_and_one_step_is_the_denoiser_at_t_init():
+    sigmas, ends = sample.sigma_steps(18), torch.tensor([80, 0.002, 0], dtype=torch.float64)
     assert len(sigmas) == 19 and (sigmas.diff() < 0).all()
-    torch.testing.assert_close(sigmas[[0, -2, -1]], torch.tensor([80.0, 0.002, 0.0], dtype=torch.float64))
-
-
-def test_one_step_is_the_denoiser_at_t_init():
-    z = torch.randn(3, 1, 4, 4)
-    net = GaussianDenoiser(0.3, 0.25)
-    torch.testing.assert_close(sample.one_step(net, z, None, 2.5), net(2.5 * z, torch.full((3,), 2.5)))
+    torch.testing.assert_close(sigmas[[0, -2, -1]], ends)
+    z, net = torch.randn(3, 1, 4, 4), GaussianDenoiser(0.3, 0.25)
+    expected = net(2.5 * z, torch.full((3,), 2.5))
+    torch.testing.assert_close(sample.one_step(net, z, None, 2.5), expected)
 
 
 def test_resampling_by_the_exact_ratio_moves_the_generator_to_the_data():
-    """Importance resampling with the true ratio turns samples of q into samples of p, as the candidates grow in number.
-
-    One pixel; q = N(0, 1), p = N(0.5, 0.8^2), read at a small noise level: the mean of what is kept nears 0.5.
-    """
-
-    class Generator(nn.Module):
-        about, config = {"role": "generator", "t_init": 1.0}, Config(img_resolution=1, img_channels=1, channel_mult=(1,))
-
-        def forward(self, x, sigma, labels=None):
-            return x
+    """One pixel; q = N(0, 1), p = N(0.5, 0.8^2), read at a small noise level."""
+    net = GaussianDenoiser(0, 1e6)  # returns its noise
+    net.about = {"role": "generator", "t_init": 1.0}
+    net.config = Config(img_resolution=1, img_channels=1, channel_mult=(1,))
 
     def exact_ratio(x, sigma, labels=None):
-        s2, x = sigma**2, x.flatten()
-        return -((x - 0.5) ** 2) / (2 * (0.64 + s2)) - 0.5 * (0.64 + s2).log() + x**2 / (2 * (1 + s2)) + 0.5 * (1 + s2).log()
+        log_p = log_normal(x.flatten(), 0.5, (0.8**2 + sigma**2).sqrt())
+        return log_p - log_normal(x.flatten(), 0, (1 + sigma**2).sqrt())
 
-    x, _, size = sample.choose(Generator(), exact_ratio, range(4000), 0, "cpu", candidates=8, sigma=0.05)
-    plain, _, _ = sample.choose(Generator(), exact_ratio, range(4000), 0, "cpu", candidates=1, sigma=0.05)
-    # Each image has its own seed, so other CPUs draw the same. Mean of 4000: 0.016 by chance; 8 candidates: 0.05 too low.
+    (x, _, size), (plain, _, _) = (
+        sample.choose(net, exact_ratio, range(4000), 0, "cpu", candidates=n, sigma=0.05)
+        for n in (8, 1))
+    # Each image has its own seed, so other CPUs draw the same. Mean of 4000: 0.016 by chance;
+    # 8 candidates: 0.05 too low.
     assert abs(plain.mean()) < 0.05 and abs(x.mean() - 0.5) < 0.08 and abs(x.std() - 0.8) < 0.06
     assert 1 < size.mean() < 8
