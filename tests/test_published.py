@@ -1,7 +1,4 @@
-"""Published EDM and EDM2 checkpoints are pickles. They load, and nothing in them is executed.
-
-The pickles here have the published structure, written through stand-in modules of the right names.
-"""
+"""Pickles of the structure that EDM and EDM2 publish load, and nothing in them is executed."""
 
 import collections
 import contextlib
@@ -27,9 +24,6 @@ from machinery.checkpoints import load_network, save_network
 from machinery.files import UserError, read_pickle
 from networks import Denoiser
 
-# ------------------------------------------------------------------------------------------------
-# Writing what EDM's training writes.
-
 
 class EasyDict(dict):
     __module__ = "dnnlib.util"
@@ -46,15 +40,21 @@ THEIRS["dnnlib.util"].EasyDict = EasyDict
 THEIRS["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
 
 
-class Persistent:
-    """Pickles as EDM's persistent objects: a call with a dict of source text, class and state."""
+class Attack:
+    """Pickles as a call."""
 
-    def __init__(self, class_name, **state):
-        self.meta = EasyDict(type="class", version=6, module_src="raise SystemExit('executed')",
-                             class_name=class_name, state=state)
+    def __init__(self, function, *args):
+        self.call = function, args
 
     def __reduce__(self):
-        return _reconstruct_persistent_obj, (self.meta,)
+        return self.call
+
+
+def Persistent(class_name, **state):
+    """Pickles as EDM's persistent objects: a call with a dict of source text, class and state."""
+    return Attack(_reconstruct_persistent_obj, EasyDict(
+        type="class", version=6, module_src="raise SystemExit('executed')", class_name=class_name,
+        state=state))
 
 
 def _convert(net, class_name="Any", **init):
@@ -95,48 +95,34 @@ def write_published(path, net, protocol=4, **changes):
     return path
 
 
-@pytest.fixture
-def published(tmp_path):
-    return functools.partial(write_published, tmp_path / "network-snapshot.pkl")
-
-
-# ------------------------------------------------------------------------------------------------
-# Networks.
-
-
 @pytest.mark.parametrize("label_dim", [0, 10])
-@pytest.mark.parametrize("architecture, kind", [
-    ("ddpmpp", "edm"), ("ncsnpp", "edm"), ("adm", "edm"), ("edm2", "edm"), ("ddpmpp", "vp"),
-    ("ncsnpp", "ve"),
+@pytest.mark.parametrize("architecture, kind, protocol, dtype", [
+    ("ddpmpp", "edm", 2, "float"), ("ncsnpp", "edm", 3, "half"), ("adm", "edm", 4, "float"),
+    ("edm2", "edm", 4, "half"), ("ddpmpp", "vp", 4, "half"), ("ncsnpp", "ve", 5, "float"),
 ])
-def test_every_published_architecture_loads_by_name(published, architecture, kind, label_dim):
+def test_published_networks_load_by_name(tmp_path, architecture, kind, protocol, dtype, label_dim):
     """Outputs equal those of the network that was written: at four noise levels, with classes."""
     config = small(architecture, label_dim=label_dim, preconditioning=kind)
-    net = randomise(Denoiser(config)).eval()
-    loaded = load_network(published(net), role="denoiser")
+    net = getattr(randomise(Denoiser(config)), dtype)().eval()  # EDM2 publishes float16
+    wanted, song = {k: v.float() for k, v in net.state_dict().items()}, architecture == "ddpmpp"
+    if song:  # gets zeros outside EDM's own training, so it goes
+        net.model.map_augment = torch.nn.Linear(9, 32, bias=False)
+    path, augment = tmp_path / "network-snapshot.pkl", {"augment_dim": 9} if song else {}
+    loaded = load_network(write_published(path, net, protocol, **augment), role="denoiser")
+    found = loaded.state_dict()
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[k], found[k]) for k in wanted)
+    assert {v.dtype for v in found.values()} == {torch.float32} and not loaded.training
     x, sigma = torch.randn(4, 3, 16, 16), torch.tensor([0.002, 0.5, 2.5, 80.0])
     labels = torch.arange(4) if label_dim else None
     with torch.no_grad():
-        assert torch.equal(loaded(x, sigma, labels), net(x, sigma, labels))
-    assert not loaded.training
+        assert torch.equal(loaded(x, sigma, labels), net.float()(x, sigma, labels))
 
 
-@pytest.mark.parametrize("protocol, dtype", [(2, "float"), (3, "half"), (4, "half"), (5, "float")])
-def test_any_protocol_half_precision_and_no_augmentation_layer(published, protocol, dtype):
-    """EDM2 publishes float16. `map_augment` gets zeros outside EDM's own training, so it goes."""
-    net = getattr(randomise(Denoiser(small("ddpmpp"))), dtype)()
-    wanted = {k: v.float() for k, v in net.state_dict().items()}
-    net.model.map_augment = torch.nn.Linear(9, 32, bias=False)
-    found = load_network(published(net, protocol, augment_dim=9)).state_dict()
-    assert wanted.keys() == found.keys() and all(torch.equal(wanted[k], found[k]) for k in wanted)
-    assert {v.dtype for v in found.values()} == {torch.float32}
-
-
-def test_scripts_start_from_a_published_checkpoint(published, call, tmp_path):
+def test_scripts_start_from_a_published_checkpoint(call, tmp_path):
     """`sample.py --network X.pkl` samples with Heun's method; `--init X.pkl` starts stage 2."""
     net = randomise(Denoiser(small("ddpmpp")))
-    path, rng, grid = published(net), np.random.default_rng(0), tmp_path / "grid.png"
-    np.savez(tmp_path / "data.npz", images=rng.integers(0, 256, (4, 16, 16, 3), np.uint8))
+    path, grid = write_published(tmp_path / "network-snapshot.pkl", net), tmp_path / "grid.png"
+    np.savez(tmp_path / "data.npz", images=np.eye(16, dtype=np.uint8)[None, ..., None].repeat(3, 3))
     call(sample, "--network", path, "--n", 2, "--steps", 3, "--out", grid, "--device", "cpu")
     call(train_diffratio, "--init", path, "--data", tmp_path / "data.npz", "--batch", 2, "--kimg",
          0.004, "--outdir", tmp_path / "run", "--device", "cpu")
@@ -144,21 +130,8 @@ def test_scripts_start_from_a_published_checkpoint(published, call, tmp_path):
     assert grid.exists() and generator.config == dataclasses.replace(net.config, dropout=0.0)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(decoder_type="skip"), "decoder_type='skip' is not implemented"),
-    (dict(encoder_type="residual"), "encoder_type='residual' is not implemented"),
-    (dict(channel_mult=[1, 2, 2]), "do not fit"),
-    (dict(model_type="Transformer"), "Transformer is not implemented"),
-    (dict(colour="red"), "colour='red' is not implemented"),
-    (dict(img_resolution=15), "15"),
-])
-def test_what_is_not_implemented_is_named(published, changes, message):
-    with pytest.raises(UserError, match=f"network-snapshot.pkl: .*{message}"):
-        load_network(published(Denoiser(small("ddpmpp")), **changes))
-
-
 def test_other_files_are_named_for_what_they_are(tmp_path):
-    """Each line says what the file holds and what to give in its place."""
+    """Each line says what the file holds or what is not implemented, and what to give instead."""
     network, path = Denoiser(small("ddpmpp")), tmp_path / "file"
     save_network(path, network, role="denoiser")
     whole, theirs = path.read_bytes(), _convert(network)
@@ -168,7 +141,15 @@ def test_other_files_are_named_for_what_they_are(tmp_path):
             torch.save(value, path)
         return path.read_bytes()
 
+    def changed(**changes):
+        return write_published(path, network, **changes).read_bytes()
+
     for content, expected in (
+        (changed(decoder_type="skip"), "decoder_type='skip' is not implemented"),
+        (changed(encoder_type="residual"), "encoder_type='residual' is not implemented"),
+        (changed(channel_mult=[1, 2, 2]), "do not fit"), (changed(img_resolution=15), "15"),
+        (changed(model_type="Transformer"), "Transformer is not implemented"),
+        (changed(colour="red"), "colour='red' is not implemented"),
         (b"", "damaged"), (b"\x80\x04", "damaged"), (pickle.dumps([1]), "a pickle of list, with"),
         (pickle.dumps({"fid": 1, "fd": 2}), "of fid, fd, without.*; give a network-snapshot-.*pkl"),
         (saved({"net": theirs, "optimizer_state": {}}), "a training state of EDM; give the netw"),
@@ -179,18 +160,6 @@ def test_other_files_are_named_for_what_they_are(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"^{path}: .*{expected}"):
             load_network(path)
-
-
-# ------------------------------------------------------------------------------------------------
-# Hostile files. Each would create the file `ran`; a control shows that it does in plain pickle.
-
-
-class Attack:
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
 
 
 def tensor(content, offset=0, size=1):
@@ -212,7 +181,6 @@ def test_hostile_pickles_do_nothing(tmp_path, monkeypatch, kind):
     with pytest.raises(UserError, match="^[^\n]*hostile.pkl: [^\n]*$"):
         load_network(path)
     assert not ran.exists()
-
     load = functools.partial(torch.load, weights_only=False)
     monkeypatch.setattr(torch.storage, "_load_from_bytes", lambda b: load(io.BytesIO(b)))
     with unittest.mock.patch.dict(sys.modules, THEIRS), contextlib.suppress(Exception):
@@ -236,19 +204,7 @@ def test_names_become_inert_classes_that_a_pickle_cannot_change(tmp_path):
     assert files.Stub.args == () and files._tensor.__defaults__ is None
 
 
-@pytest.mark.parametrize("content", [
-    b"\x80\x02K\x01r" + (2**26).to_bytes(4, "little") + b".",  # "remember this as number 2^26"
-    b"\x80\x05\x96" + (2**30).to_bytes(8, "little") + b".",  # "a bytearray of 2^30 bytes follows"
-])
-def test_a_few_damaged_bytes_do_not_fill_the_memory(tmp_path, content):
-    (tmp_path / "file.pkl").write_bytes(content)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match="file.pkl"):
-        load_network(tmp_path / "file.pkl")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # kB
-
-
-def test_tensors_stay_within_their_storage_and_arrays_hold_numbers(tmp_path):
+def test_tensors_stay_within_their_storage_arrays_hold_numbers_and_memory_stays_free(tmp_path):
     storage = torch.arange(6.0).untyped_storage()
     storage = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
     assert read(tmp_path, pickle.dumps(tensor(storage, 2, 4))).tolist() == [2, 3, 4, 5]
@@ -259,3 +215,10 @@ def test_tensors_stay_within_their_storage_and_arrays_hold_numbers(tmp_path):
                     tensor("text"), np.array([{}, None])):
         with pytest.raises(UserError, match="file.pkl: "):
             read(tmp_path, pickle.dumps(content))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for content in (b"\x80\x02K\x01r" + (2**26).to_bytes(4, "little"),  # "remember as number 2^26"
+                    b"\x80\x05\x96" + (2**30).to_bytes(8, "little")):  # "2^30 bytes follow"
+        (tmp_path / "file.pkl").write_bytes(content + b".")
+        with pytest.raises(UserError, match="file.pkl: "):
+            load_network(tmp_path / "file.pkl")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # kB
