@@ -29,26 +29,25 @@ NO_DIFFUSERS = "latents are decoded with diffusers, which is missing (`pip insta
 VAE = "stabilityai/sd-vae-ft-mse"  # what EDM2's latents were made with
 
 
-def karras_sigma(share, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """EDM's schedule, Equation 5: from sigma_min at share 0 to sigma_max at 1 (a tensor)."""
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return (low + share * (high - low)) ** rho
+def karras_sigma(u):
+    """EDM's schedule, Equation 5, with rho = 7: from 0.002 at u = 0 to 80 at u = 1 (a tensor)."""
+    low, high = 0.002 ** (1 / 7.0), 80.0 ** (1 / 7.0)
+    return (low + u * (high - low)) ** 7.0
 
 
-def sigma_steps(steps, **levels):
-    """Noise levels of the sampler, from sigma_max to sigma_min, then 0: [steps + 1] float64."""
-    sigmas = karras_sigma(torch.linspace(1, 0, steps, dtype=torch.float64), **levels)
+def sigma_steps(steps):
+    """Noise levels of the sampler, from 80 to 0.002, then 0: [steps + 1] float64."""
+    sigmas = karras_sigma(torch.linspace(1, 0, steps, dtype=torch.float64))
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
 @torch.no_grad()
-def heun(net, z, labels=None, steps=18, **levels):
+def heun(net, z, labels=None, steps=18):
     """Heun's method for the probability flow ODE; EDM, Algorithm 1. 2 steps - 1 evaluations.
 
-    z [N, C, H, W] standard normal, labels [N] or None -> images [N, C, H, W] float32. The state is
-    float64, as in EDM.
+    z [N, C, H, W] standard normal -> images [N, C, H, W] float32. The state is float64, as in EDM.
     """
-    sigmas = sigma_steps(steps, **levels).tolist()
+    sigmas = sigma_steps(steps).tolist()
     x = z.double() * sigmas[0]
 
     def slope(x, sigma):  # dx/dsigma of the probability flow
@@ -109,11 +108,21 @@ def inputs(net, indices, seed, device, label=None, candidate=0):
     return z, torch.tensor(np.array(labels, np.int64), device=device)
 
 
-def in_batches(net, indices, seed, device, batch, label=None, steps=18):
-    """Iterate over (images [n, C, H, W], labels [n] or None) of the samples with these indices."""
+def in_batches(net, indices, seed, device, batch, label=None, steps=18, choice=None):
+    """Iterate over (images [n, C, H, W], labels [n] or None) of the samples with these indices.
+
+    choice: (ratio network, candidates, sigma, list of effective sample sizes), as `choose` takes.
+    """
     for i in range(0, len(indices), batch):
-        z, labels = inputs(net, indices[i : i + batch], seed, device, label)
-        yield generate(net, z, labels, steps), labels
+        some = indices[i : i + batch]
+        if choice:
+            ratio, candidates, sigma, sizes = choice
+            x, labels, ess = choose(net, ratio, some, seed, device, candidates, sigma, label, steps)
+            sizes += ess.tolist()
+        else:
+            z, labels = inputs(net, some, seed, device, label)
+            x = generate(net, z, labels, steps)
+        yield x, labels
 
 
 def pick(h, indices, seed):
@@ -251,27 +260,18 @@ def main():
             print(f"{NO_DIFFUSERS}: writing the latents instead of images")
             decode = lambda x: data.denormalise_latents(x).cpu().numpy()  # noqa: E731
     sizes = []
-
-    def batches():
-        for i in range(0, args.n, args.batch):
-            indices = range(i, min(i + args.batch, args.n))
-            if not ratio:
-                z, labels = inputs(net, indices, args.seed, rt.device, label)
-                x = generate(net, z, labels, args.steps)
-            else:
-                x, labels, size = choose(net, ratio, indices, args.seed, rt.device, args.candidates,
-                                         args.ratio_sigma, label, args.steps)
-                sizes.extend(size.tolist())
-            yield decode(x), labels if labels is None else labels.tolist()
-
+    choice = ratio and (ratio, args.candidates, args.ratio_sigma, sizes)
+    drawn = in_batches(net, range(args.n), args.seed, rt.device, args.batch, label, args.steps,
+                       choice)
+    batches = ((decode(x), y if y is None else y.tolist()) for x, y in drawn)
     with rt.autocast():
         if args.out.lower().endswith(".png"):
-            images = np.concatenate([images for images, _ in batches()])
+            images = np.concatenate([images for images, _ in batches])
             each = label == "each" and config.label_dim <= 20
             columns = config.label_dim if each else math.ceil(args.n**0.5)
             data.save_grid(images, args.out, columns, scale=max(1, 32 // images.shape[1]))
         else:
-            data.write_images(batches(), args.out)
+            data.write_images(batches, args.out)
     if sizes:
         print(f"effective sample size {np.mean(sizes):.2f} of {args.candidates} candidates")
     print(f"wrote {args.out}")
