@@ -1,7 +1,5 @@
-"""Damaged files of every kind are read, or refused by a line that names the file and what to do.
-
-Quickly, and without much memory. FUZZ=20000 tries more than 500 files, FUZZ_SEED another seed.
-"""
+"""Damaged files are read, or refused by a line that names the file and what to do: quickly and
+without much memory. FUZZ=20000 tries more than 500 of them, FUZZ_SEED other ones."""
 
 import collections
 import contextlib
@@ -88,15 +86,10 @@ def intact_files(folder):
     torch.save(state, folder / "old.pt", _use_new_zipfile_serialization=False)
     add("checkpoint", "checkpoint.pt", files.load_checkpoint, folder / "checkpoint.pt")
     add("checkpoint, old", "checkpoint.pt", files.load_checkpoint, folder / "old.pt")
-    side = fid.Statistics(np.zeros(8), np.eye(8), "test", 100, "name", "hash")
-    side.save(folder / "statistics.npz")
-    add("statistics", "statistics.npz", lambda path: fid.open_side(str(path)),
-        folder / "statistics.npz")
+    path = folder / "statistics.npz"
+    fid.Statistics(np.zeros(8), np.eye(8), "test", 100, "name", "hash").save(path)
+    add("statistics", "statistics.npz", lambda path: fid.open_side(str(path)), path)
     return kinds, others
-
-
-def intact(content, rng):
-    return content
 
 
 def flip(content, rng):
@@ -212,7 +205,7 @@ def test_no_damaged_file_leads_to_a_traceback_or_a_line_without_its_name(tmp_pat
     kinds, others = intact_files(tmp_path)
     for number in range(-len(kinds), count):
         label, rng = list(kinds)[number % len(kinds)], np.random.default_rng([seed, max(number, 0)])
-        damage = DAMAGE[rng.integers(len(DAMAGE))] if number >= 0 else intact
+        damage = DAMAGE[rng.integers(len(DAMAGE))] if number >= 0 else lambda content, rng: content
         with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
             outcome, text = trial(kinds[label], Path(folder), others, rng, damage)
         assert number >= 0 or outcome == "read", f"{label}: {text}"
