@@ -38,7 +38,7 @@ SETTINGS = dict(  # {flag: (default, help[, type or choices])}
 CIFAR10 = dict(data="cifar10", network="cifar10", xflip=True, kimg=200_000.0, batch=512, lr=1e-3,
                lr_rampup_kimg=10_000.0)
 PRESETS = {
-    "digits": dict(data="digits", network="digits", kimg=90.0, batch=128, lr=1e-3,
+    "digits": dict(data="digits", network="digits", kimg=110.0, batch=128, lr=1e-3,
                    lr_rampup_kimg=5.0, ema_halflife_kimg=20.0,
                    log_kimg=10.0, grid_kimg=50.0, save_kimg=50.0),
     "fashion-mnist": dict(data="fashion-mnist", network="fashion-mnist", kimg=256.0, batch=64,

@@ -110,7 +110,7 @@ CIFAR10 = dict(NATURAL, data="cifar10", xflip=True, kimg=20_000.0, batch=512, lr
 PRESETS = {
     # Rates that fall to zero bring samples closer. With one ratio step at 28x28 the ratio falls
     # behind the generator (docs/method.md, section 7).
-    "digits": dict(data="digits", init="runs/digits/pretrain/network.pt", kimg=40.0, batch=64,
+    "digits": dict(data="digits", init="runs/digits/pretrain/network.pt", kimg=50.0, batch=64,
                    lr=1e-4, ratio_lr=3.5e-4, ratio_steps=2, lr_decay_kimg=None,
                    ema_halflife_kimg=20.0, log_kimg=5.0, grid_kimg=20.0, save_kimg=20.0),
     "fashion-mnist": dict(data="fashion-mnist", init="runs/fashion-mnist/pretrain/network.pt",
