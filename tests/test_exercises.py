@@ -108,7 +108,7 @@ def test_each_order_of_the_steps_is_another_training(work, one_thread):
     names = (), ("fresh-z",), ("same-noise",), ("simultaneous",), ("stale-samples",)
     orders = {name: trained(work / "-".join(["steps", *name]), name) for name in names}
     assert all(a == b or not same(orders[a], orders[b]) for a in orders for b in orders)
-    sys.argv = ["train_diffratio.py", *run.COMMON.split(), *SHORT, "--outdir", str(work / "own")]
+    sys.argv = ["train_diffratio.py", *run.COMMON.split(), "--ratio-steps", "1", *SHORT, "--outdir", str(work / "own")]
     train_diffratio.main()
     assert same(orders[()], weights(work / "own" / "network.pt"))
     # The first ratio network is blind, its head being zero. A generator that follows it stays.
@@ -163,7 +163,7 @@ def test_run_refuses_what_it_does_not_know_and_names_a_script_that_is_killed(ref
     assert "say which exercise" in refused(run)
     assert "python exercises/plane.py" in refused(run, "1")
     assert "holds no results of gan" in refused(run, "4", "--table", "--results", tmp_path / "none.jsonl")
-    assert "make demo" in refused(run, "order", "--results", tmp_path / "none.jsonl")
+    assert "digits-stage1.pt is missing" in refused(run, "order", "--results", tmp_path / "none.jsonl")
     (tmp_path / "crash.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(SystemExit) as stop:
         run.call([sys.executable, str(tmp_path / "crash.py")])
