@@ -383,8 +383,8 @@ class Run:
 
     def __init__(self, args, rt, stage, dataset, **parts):
         self.dir, self.rt, self.stage, self.parts = Path(args.outdir), rt, stage, parts
-        self.settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
-        self.settings |= {"precision": rt.precision, "data": dataset.describe()}
+        self.settings = {k: v for k, v in vars(args).items() if k not in {*FREE_FLAGS, "data"}}
+        self.settings |= {"precision": rt.precision, "data": dataset.describe()}  # data last
         images = max(round(args.kimg * 1000), 1)
         self.total_nimg = -(-images // rt.batch) * rt.batch  # whole batches
         self.nimg = self.logged_nimg = 0
