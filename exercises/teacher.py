@@ -134,7 +134,7 @@ def main():
     # Teacher, student, generator: three copies of stage 1. The data only gives the shape of the images.
     dataset = rt.main_first(lambda: data.load(args.data, resolution=args.resolution))
     torch.manual_seed(args.seed)
-    teacher = train_diffratio.load_init(args, dataset).requires_grad_(False)
+    teacher = pretrain.load_init(args, dataset).requires_grad_(False)
     config = dataclasses.replace(teacher.config, dropout=0.0)
     generator, student = networks.Denoiser(config), networks.Denoiser(config)
     nets = generator, student, teacher
