@@ -20,7 +20,7 @@ from scipy.spatial.distance import cdist
 
 import fid
 import networks
-from benchmark import inception_shapes  # in exercises/
+from gpu import inception_shapes  # in exercises/
 from machinery import checkpoints, data, training
 from machinery.files import UserError
 
