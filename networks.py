@@ -263,7 +263,8 @@ class EDMBlock(nn.Module):
 def mp_normalize(x, dims=None):
     """Scale x to unit root mean square over `dims` (default: all but the first)."""
     dims = list(range(1, x.ndim)) if dims is None else dims
-    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
     return x / (1e-4 + norm * math.sqrt(norm.numel() / x.numel())).to(x.dtype)
 
 
