@@ -75,7 +75,8 @@ def pass_over(features, logits=None, batch=64, device="cpu"):
     def function(indices):
         return tuple(t if t is None else t.to(device)[indices] for t in (features, logits))
     tag = "test" if logits is None else "inception test"
-    extractor = fid.Extractor("a test", tag, features.shape[1], None, torch.device(device), function)
+    extractor = fid.Extractor("a test", tag, features.shape[1], None,
+                              torch.device(device), function)
     return fid.measure(extractor, list, len(features), training.start(device), batch)
 
 
