@@ -273,5 +273,5 @@ def test_own_pictures_from_a_folder_to_a_class_of_the_generator(call, digits, tm
     data.write_images([(digits.images[:200], digits.labels[:200].tolist())], "my-pictures")
     call(pretrain, "--data", "my-pictures", "--cond", *SHORT, "--outdir", "runs/mine/pretrain")
     call(train_diffratio, "--data", "my-pictures", "--init", "runs/mine/pretrain/network.pt", *SHORT, "--outdir", "runs/mine/dijs")
-    call(sample, "--network", "runs/mine/dijs/network.pt", "--class", "7", "--n", "6", "--out", "sevens.npz")
+    call(sample, "--network", "runs/mine/dijs/network.pt", "--class", "7", "--n", "6", "--device", "cpu", "--out", "sevens.npz")
     assert data.load("sevens.npz").labels.tolist() == [7] * 6

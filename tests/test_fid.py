@@ -70,13 +70,14 @@ def own_caches(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
 
-def pass_over(features, logits=None, batch=64):
+def pass_over(features, logits=None, batch=64, device="cpu"):
     """`fid.measure` of images that have these features [n, d] and logits [n, 1008] or None."""
     def function(indices):
-        return features[indices], None if logits is None else logits[indices]
+        return tuple(t if t is None else t.to(device)[indices] for t in (features, logits))
     tag = "test" if logits is None else "inception test"
-    extractor = fid.Extractor("a test", tag, features.shape[1], None, ONE_RANK.device, function)
-    return fid.measure(extractor, list, len(features), ONE_RANK, batch)
+    extractor = fid.Extractor("a test", tag, features.shape[1], None,
+                              torch.device(device), function)
+    return fid.measure(extractor, list, len(features), training.start(device), batch)
 
 
 def npz(path, **arrays):
@@ -128,11 +129,11 @@ def test_distance_of_a_set_from_itself(n):
     assert 0 <= fid.frechet_distance(a, b) < 1e-6
 
 
-def test_one_pass_gives_moments_and_rows(monkeypatch):
+def test_one_pass_gives_moments_and_rows(monkeypatch, device):
     """NumPy's moments, also far from 0; all rows in order, or always the same choice of them."""
     rows = 1e6 + np.random.default_rng(0).normal(size=(257, 12))  # plain sums lose every digit
     features = torch.from_numpy(rows)
-    every = pass_over(features, batch=20)[0]
+    every = pass_over(features, batch=20, device=device)[0]
     for found in (every, fid.Statistics.of(features, "test")):
         assert found.n == 257
         np.testing.assert_allclose(found.mu, rows.mean(0), rtol=1e-13)  # 257 roundings: 6e-14
@@ -140,13 +141,13 @@ def test_one_pass_gives_moments_and_rows(monkeypatch):
         np.testing.assert_allclose(found.sigma, np.cov(rows, rowvar=False), rtol=0, atol=1e-8)
     assert np.array_equal(every.rows, rows.astype(np.float32))
     monkeypatch.setattr(fid, "PAIRS_LIMIT", 20)
-    some, other = (pass_over(features, batch=batch)[0].rows for batch in (257, 7))
+    some, other = (pass_over(features, batch=batch, device=device)[0].rows for batch in (257, 7))
     places = cdist(some, every.rows).argmin(axis=1)
     assert np.array_equal(some, other) and np.array_equal(some, every.rows[places])
     assert len(set(places)) == 20 and places.max() > 171
 
 
-def test_kernel_distance_by_definition():
+def test_kernel_distance_by_definition(device):
     """Without the pairs of a point with itself: no bias, so that some values are negative."""
     x, y = np.random.default_rng(0).normal(size=(2, 6, 4))
 
@@ -155,7 +156,8 @@ def test_kernel_distance_by_definition():
     for other in (y, x):
         within = sum(kernel(a, a)[~np.eye(6, dtype=bool)].mean() for a in (x, other))
         expected = within - 2 * kernel(x, other).mean()
-        mean, std = fid.kernel_distance(torch.from_numpy(x), torch.from_numpy(other))
+        rows = (torch.from_numpy(side).to(device) for side in (x, other))
+        mean, std = fid.kernel_distance(*rows)
         assert mean == pytest.approx(expected, abs=1e-13) and std < 1e-13  # each subset is the set
     assert mean < 0  # of a set from itself: the sign is kept
 
@@ -185,37 +187,38 @@ def test_precision_and_recall_on_a_line(k, expected):
     assert fid.precision_recall(reference + far, samples + far, k) == expected
 
 
-def test_precision_and_recall_by_definition():
+def test_precision_and_recall_by_definition(device):
     """The same counts as from all distances at once. 3000 points take two chunks."""
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(3000, 3)), 0.8 * rng.normal(size=(2500, 3)) + 0.3
     radius_a, radius_b = (np.sort(cdist(x, x), axis=1)[:, 3] for x in (a, b))
     d = cdist(b, a)
     expected = (d <= radius_a).any(1).mean(), (d <= radius_b[:, None]).any(0).mean()
-    found = fid.precision_recall(torch.from_numpy(a), torch.from_numpy(b))
+    found = fid.precision_recall(*(torch.from_numpy(side).to(device) for side in (a, b)))
     assert found == pytest.approx(expected, abs=1e-12)
     assert all(0.5 < share < 0.99 for share in expected)
 
 
-def test_equal_points_are_in_each_others_balls():
+def test_equal_points_are_in_each_others_balls(device):
     """Also in balls of radius 0, in any order: rounding errors are not distances."""
     rows = torch.randn(1003, 2048, generator=torch.Generator().manual_seed(0)) + 30
     rows[:500] = rows[:50].repeat(10, 1)  # balls of radius 0
+    rows = rows.to(device)
     assert fid.precision_recall(rows, rows.flip(0)) == (1, 1)
     assert fid.precision_recall(rows, rows[:4])[0] == 1
-    same = torch.full((5, 3), 0.1)
+    same = torch.full((5, 3), 0.1, device=device)
     assert fid.precision_recall(same, same + 1e-3) == (0, 0)
     with pytest.raises(UserError, match="at least 4 images"):
         fid.precision_recall(same[:3], same)
 
 
-def test_inception_score():
+def test_inception_score(device):
     """Ten contiguous splits in the order given, with the population's standard deviation.
 
     Predictions that say nothing score 1; certain ones, spread evenly over K classes, score K.
     """
     def score(logits):
-        return pass_over(torch.randn(len(logits), 1), logits, batch=7)[1]
+        return pass_over(torch.randn(len(logits), 1), logits, batch=7, device=device)[1]
     certain = 1e4 * torch.eye(1008)
     # Sums over 1008 classes of p ln p, 7 in all, are off by 1008 eps 7 = 2e-12 at most.
     assert score(torch.zeros(40, 1008)) == pytest.approx((1, 0), abs=1e-11)
@@ -227,24 +230,24 @@ def test_inception_score():
 
 
 @pytest.mark.parametrize("h, w, size", [(8, 8, 299), (5, 7, 37), (64, 50, 37), (37, 37, 37)])
-def test_resize_is_tensorflow_1(h, w, size):
+def test_resize_is_tensorflow_1(h, w, size, device):
     """Linear in each axis, without a half-pixel shift; np.interp clamps at the far edge."""
     images = np.random.default_rng(0).integers(0, 256, (2, h, w, 3), np.uint8)
     maps = [[np.interp(np.arange(size) * n / size, np.arange(n), pixel) for pixel in np.eye(n)]
             for n in (h, w)]
     expected = np.einsum("nhwc,hi,wj->nijc", images.astype(np.float64), *maps, optimize=True)
-    resized = fid.resize_tf1(torch.from_numpy(images), size).numpy()
+    resized = fid.resize_tf1(torch.from_numpy(images).to(device), size).cpu().numpy()
     # A float32 position up to 64 is off by 64 * 2^-23 pixels at most, in two axes, by 255 levels.
     assert np.abs(resized - expected).max() < 4e-3
 
 
-def test_features_and_logits_equal_another_implementation(weights):
+def test_features_and_logits_equal_another_implementation(weights, device):
     """Projections of what torch-fidelity 0.4.0 gives in float64 with the same random weights.
 
     An average that counts the padding, the wrong pool in 7b or 7c, another resize or another eps of
     BatchNorm are off by 0.3 or more. Gray images are taken as three equal channels.
     """
-    inception, found = fid.inception(ONE_RANK, weights), []
+    inception, found = fid.inception(training.start(device), weights), []
     expected = torch.tensor([
         [-23.052959, 13.485928, 12.640119, -7.283963, -44.854845, -44.270556],
         [-22.130392, 12.972211, 13.691726, -7.495573, -42.945262, -42.962137]], dtype=torch.double)
@@ -253,7 +256,7 @@ def test_features_and_logits_equal_another_implementation(weights):
     assert features.dtype == torch.float32
     for x in (features, logits):
         waves = torch.outer(torch.arange(x.shape[1]), torch.arange(1, 4)).double().cos()
-        found.append(x.double() @ waves)
+        found.append(x.cpu().double() @ waves)
     # 2048 features of size 0.6, each off by 1e-6 of that after 48 float32 layers: 1e-3 if all
     # errors had one sign.
     torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=5e-3)
@@ -394,8 +397,8 @@ def test_sizes_before_training(samples, reference, message, network, tmp_path, m
 @pytest.fixture
 def command(call, capsys):
     """Run `fid.py` with arguments and --json: (its result, standard error)."""
-    def run(*arguments):
-        call(fid, *arguments, "--json")
+    def run(*arguments, device="cpu"):
+        call(fid, *arguments, "--json", "--device", device)
         out, err = capsys.readouterr()
         return json.loads(out), err
     return run
@@ -451,13 +454,14 @@ def test_command_with_statistics_on_both_sides(name, tag, command, tmp_path):
     assert all(result[key] is None for key in PAIRS)
 
 
-def test_command_with_pairs(command, call, capsys, network, tmp_path):
+def test_command_with_pairs(command, call, capsys, network, tmp_path, device):
     """KID, precision and recall of images, cached and saved statistics; not of others' ones."""
     a = npz(tmp_path / "a.npz", arr_0=pictures(40, 8, 1))
     b = npz(tmp_path / "b.npz", arr_0=pictures(60, 8, 1, seed=2) // 2)
     stats, bare, results = tmp_path / "stats.npz", tmp_path / "bare.npz", []
     for reference in (b, b, stats):
-        result, err = command(a, reference, "--features", network, "--save-stats", stats)
+        args = a, reference, "--features", network, "--save-stats", stats
+        result, err = command(*args, device=device)
         results.append([result[key] for key in PAIRS])
         assert err == ""
     extractor = fid.network_features(ONE_RANK, network)
@@ -468,7 +472,7 @@ def test_command_with_pairs(command, call, capsys, network, tmp_path):
     for pair in ((a, bare), (bare, a), (bare, bare)):
         result, _ = command(*pair, "--features", network)
         assert all(result[key] is None for key in PAIRS) and result["fid"] >= 0
-        call(fid, *pair, "--features", network)
+        call(fid, *pair, "--features", network, "--device", "cpu")
         assert not re.search("KID|precision|recall|None", capsys.readouterr().out)
 
 
@@ -476,7 +480,7 @@ def test_a_set_against_itself_is_measured_once(call, capsys, network, tmp_path):
     """Precision and recall are 1, also of another file; each side keeps its own name."""
     a, b = (npz(tmp_path / f"{name}.npz", arr_0=pictures(60, 8, 1)) for name in "ab")
     stats = tmp_path / "stats.npz"
-    call(fid, a, b, "--features", network, "--save-stats", stats)
+    call(fid, a, b, "--features", network, "--save-stats", stats, "--device", "cpu")
     out, err = capsys.readouterr()
     assert err == "" and "IS " not in out and out.startswith("FD (stage 1) ")
     assert re.search(r"KID +\S+ ± \S+\nprecision +1\nrecall +1\n"
@@ -514,7 +518,7 @@ def test_bad_input_is_one_line(samples, message, call, capsys, network, tmp_path
     elif samples is not None:
         path.write_bytes(samples)
     with pytest.raises(SystemExit) as stop:
-        call(fid, path, "digits", "--features", network)
+        call(fid, path, "digits", "--features", network, "--device", "cpu")
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == ""
     assert err.count("\n") == 1 and re.search(message, err), err

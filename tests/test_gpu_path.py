@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from test_networks import ARCHITECTURES, small
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import networks
@@ -42,7 +43,7 @@ def test_attention_reaches_the_fused_kernels(architecture, memory_format, monkey
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     net = networks.Denoiser(small(architecture)).to(memory_format=memory_format)
     net(torch.randn(2, 3, 16, 16), torch.ones(2))
-    assert seen == [1, 1, 1, 1]  # 1: flash attention, 0: math
+    assert seen == [SDPBackend.FLASH_ATTENTION.value] * 4
 
 
 class Log(TorchDispatchMode):
