@@ -70,6 +70,7 @@ class Config:
 NETWORKS = {  # in the order of Config's fields, up to dropout
     "digits": Config("ddpmpp", 8, 1, 0, 32, (1, 2), 1, ()),
     "fashion-mnist": Config("ddpmpp", 28, 1, 0, 16, (1, 2, 4), 1, ()),
+    "cifar10-small": Config("ddpmpp", 32, 3, 0, 32, (1, 2, 4), 1, ()),
     "pictures": Config("ddpmpp", 64, 3, 0, 64, (1, 2, 3, 4), 2, (16,)),
     "cifar10": Config("ddpmpp", 32, 3, 0, 128, (2, 2, 2), 4, (16,), 0.13),  # EDM, Table 7
     "imagenet64": Config("adm", 64, 3, 1000, 192, (1, 2, 3, 4), 3, (32, 16, 8), 0.10),

@@ -7,7 +7,7 @@ Without CUDA it runs on the CPU what that can do in three minutes. Parts: `corre
 and features with the CPU in float64 or float32; `speed` times the functions that train on random images and weights, on
 which the speed does not depend, and beside them variational score distillation (VSD), which shows the cost of a teacher;
 `training` trains both stages and measures the samples. FLOP are those of matrix products and convolutions, as PyTorch
-counts them. Each part has a time limit; what it has no time for is named.
+counts them. `compiled` does the first two with torch.compile. Each part has a time limit; what it has no time for is named.
 """
 
 import copy
@@ -60,9 +60,16 @@ def randomise(net):
     return net
 
 
+def build(kind, config, rt, compiled=False):
+    """A network of random weights, in training mode. Small ones are drawn on the CPU: the same on every device."""
+    with torch.device("cpu" if config.model_channels < 100 and rt.device.type == "cuda" else rt.device):
+        net = randomise(kind(config)).train()
+    return networks.place(net, rt.device, compiled)
+
+
 def stage_1(config, rt, compiled=False):
     """Function that takes one step of stage 1 with `rt.batch` images."""
-    net = networks.place(randomise(networks.Denoiser(config)).train(), rt.device, compiled)
+    net = build(networks.Denoiser, config, rt, compiled)
     ema, draw = copy.deepcopy(net), Batch(config, rt)
     optimizer = training.Optimizer(net, rt, (0.9, 0.999))
 
@@ -77,8 +84,8 @@ def stage_1(config, rt, compiled=False):
 def stage_2(config, rt, compiled=False):
     """Function that takes one iteration of stage 2: a ratio step and a generator step."""
     config = dataclasses.replace(config, dropout=0.0)
-    generator = networks.place(randomise(networks.Denoiser(config)).train(), rt.device, compiled)
-    ratio = networks.place(randomise(networks.RatioNetwork(config)).train(), rt.device, compiled)
+    generator = build(networks.Denoiser, config, rt, compiled)
+    ratio = build(networks.RatioNetwork, config, rt, compiled)
     ema, draw = copy.deepcopy(generator), Batch(config, rt)
     generator_optimizer, ratio_optimizer = (training.Optimizer(net, rt, (0.0, 0.999)) for net in (generator, ratio))
     ratio_objective = functools.partial(train_diffratio.ratio_loss, ratio)
@@ -101,7 +108,7 @@ def stage_2(config, rt, compiled=False):
 def distillation(config, rt, compiled=False, method="vsd"):
     """Function that takes an iteration with a teacher, by `method` of exercises/teacher.py."""
     config = dataclasses.replace(config, dropout=0.0)
-    nets = [networks.place(randomise(networks.Denoiser(config)).train(), rt.device, compiled) for _ in range(3)]
+    nets = [build(networks.Denoiser, config, rt, compiled) for _ in range(3)]
     nets[2].requires_grad_(False)  # generator, student, teacher
     ema, draw = copy.deepcopy(nets[0]), Batch(config, rt)
     optimizers = [training.Optimizer(net, rt, (0.0, 0.999)) for net in nets[:2]]
@@ -116,13 +123,13 @@ def distillation(config, rt, compiled=False, method="vsd"):
 
 def sampling(config, rt, compiled=False):
     """Function that draws a batch in one step."""
-    net, draw = networks.place(networks.Denoiser(config).eval(), rt.device, compiled), Batch(config, rt)
+    net, draw = build(networks.Denoiser, config, rt, compiled).eval(), Batch(config, rt)
     return lambda: rt.in_parts(functools.partial(sample.one_step, net), draw.z, draw.labels, graph=False)
 
 
 def heun(config, rt, compiled=False):
     """Function that draws a batch by Heun's method with 18 steps."""
-    net, draw = networks.place(networks.Denoiser(config).eval(), rt.device, compiled), Batch(config, rt)
+    net, draw = build(networks.Denoiser, config, rt, compiled).eval(), Batch(config, rt)
     return lambda: rt.in_parts(functools.partial(sample.heun, net), draw.z, draw.labels, graph=False)
 
 
@@ -168,8 +175,7 @@ def peak_memory_gb(device):
 
 
 def measure(function, device, repeats):
-    """(median seconds, peak memory in GB) of one call of `function`, after one that does not count."""
-    function()
+    """(median seconds, peak memory in GB) of one call of `function`, which was called before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
@@ -333,24 +339,27 @@ def attention_kernel(preset, rt):
     return [", ".join({0: "**math**", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}.get(i, str(i)) for i in sorted(seen))]
 
 
-def correctness(page, rt, seconds):
+def network_rows(page, rt, compiled):
     on_gpu = rt.device.type == "cuda"
-    at = {p: dataclasses.replace(rt, precision=p, batch=8, micro_batch=None) for p in ("fp32", "bf16", "fp16")}
+    for precision in ("fp32", "bf16", "fp16") if on_gpu and not compiled else ("fp32", "bf16"):
+        here = dataclasses.replace(rt, precision=precision)
+        for architecture in ARCHITECTURES:
+            torch._dynamo.reset()
+            page.row(f"{architecture}, {precision}{', compiled' * compiled}",
+                     lambda: network_check(architecture, here, compiled))
+
+
+def correctness(page, rt, seconds):
+    exact = dataclasses.replace(rt, precision="fp32", batch=8, micro_batch=None)
     page.part("Correctness: relative errors against the CPU", ["", "error", "of the gradients"], seconds)
     for iteration in (stage_1, stage_2):
-        page.row(f"weights after an iteration, {iteration.__name__}", lambda: iteration_check(iteration, at["fp32"]))
+        page.row(f"weights after an iteration, {iteration.__name__}", lambda: iteration_check(iteration, exact))
     for which in ("stage 1", "Inception"):
         page.row(f"{which} features", lambda: feature_check(which, rt))
-    for preset in ("cifar10", "imagenet64", "imagenet512") if on_gpu else ():
+    for preset in ("cifar10", "imagenet64", "imagenet512") if rt.device.type == "cuda" else ():
         page.row(f"attention of {preset}, {rt.precision}", lambda: attention_kernel(preset, rt))
-    for compiled in (False, True) if on_gpu else (False,):
-        for precision in ("fp32", "bf16", "fp16") if on_gpu else ("fp32", "bf16"):
-            for architecture in ARCHITECTURES:
-                torch._dynamo.reset()
-                page.row(f"{architecture}, {precision}{', compiled' * compiled}",
-                         lambda: network_check(architecture, at[precision], compiled))
-        if not compiled:
-            page.row("a run stopped and continued", lambda: continuation_check(rt))
+    network_rows(page, rt, compiled=False)
+    page.row("a run stopped and continued", lambda: continuation_check(rt))
 
 
 # ---- Speed -------------------------------------------------------------------------------------------
@@ -361,51 +370,51 @@ def matrix_rate(rt):
     n, dtype = (8192, torch.bfloat16) if rt.device.type == "cuda" else (2048, torch.float32)
     dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(rt.precision, dtype)
     a, b = (torch.randn(n, n, device=rt.device, dtype=dtype) for _ in range(2))
+    a @ b
     return 2 * n**3 / measure(lambda: a @ b, rt.device, 10)[0]
 
 
-def speed(page, rt, presets, batch, seconds, repeats):
-    """Tables of the time and memory of what trains and samples, preset by preset, eager first."""
-    rate = matrix_rate(rt)
-    columns = ["", "images/s", "seconds", "TFLOP/s", "share of the matrix rate", "peak memory, GB"]
-    page.part(f"Speed ({rt.precision}; matrix products run at {rate / 1e12:.3g} TFLOP/s)", columns, seconds)
-    flop, sizes = {}, {}
-    on_gpu = rt.device.type == "cuda"
-    layouts = {"channels-last": torch.channels_last, "NCHW": torch.contiguous_format}
-    chosen = networks.memory_format
+def images_that_fit(page, preset, config, rt):
+    """The largest power of two up to 512 for which `memory.count` leaves 15 % of the device; a line says what it counted."""
+    if rt.device.type == "cpu":
+        return 32
+    total = torch.cuda.get_device_properties(rt.device).total_memory
+    fixed, per_image = memory.count(dataclasses.replace(config, dropout=0.0), 2048)
+    n = min(512, 2 ** (int((0.85 * total - fixed) / per_image).bit_length() - 1))
+    page.line(f"| {preset}: memory of stage 2 with {n} images, computed | | | | | {(fixed + n * per_image) / 1e9:.1f} |")
+    return n
 
-    def cells(key, prepare, config, here, compiled):
+
+def speed(page, rt, presets, batch, seconds, repeats, compiled=False):
+    """A table of the time and memory of what trains and samples, preset by preset."""
+    on_gpu, rate = rt.device.type == "cuda", matrix_rate(rt)
+    page.part(f"Speed{', compiled' * compiled} ({rt.precision}; matrix products run at {rate / 1e12:.3g} TFLOP/s)",
+              ["", "images/s", "seconds", "TFLOP/s", "share of the matrix rate", "peak memory, GB"], seconds)
+    layouts, chosen = {"channels-last": torch.channels_last, "NCHW": torch.contiguous_format}, networks.memory_format
+
+    def cells(prepare, config, here):
         torch.manual_seed(0)
         torch._dynamo.reset()
+        with FlopCounterMode(display=False) as counter:
+            prepare(config, here)()
         function = prepare(config, here, compiled)
-        if key not in flop:
-            with FlopCounterMode(display=False) as counter:
-                function()
-            flop[key] = counter.get_total_flops()
-        seconds, memory_gb = measure(function, rt.device, repeats)
-        done = flop[key] / seconds
-        return (f"{here.batch / seconds:.4g}", f"{seconds:.3g}", f"{done / 1e12:.3g}", f"{100 * done / rate:.0f} %", f"{memory_gb:.1f}")
+        function()
+        seconds, memory_gb = measure(function, rt.device, 1 if prepare is heun else repeats)
+        flop = counter.get_total_flops()
+        return (f"{here.batch / seconds:.4g}", f"{seconds:.3g}", f"{flop / seconds / 1e12:.3g}",
+                f"{100 * flop / seconds / rate:.0f} %", f"{memory_gb:.1f}")
 
-    for compiled in (False, True) if on_gpu else (False,):
-        for preset in presets:
-            config = networks.NETWORKS[pretrain.PRESETS[preset]["network"]]
-            if preset not in sizes and not batch and on_gpu:
-                free = torch.cuda.get_device_properties(rt.device).total_memory
-                fixed, per_image = memory.count(dataclasses.replace(config, dropout=0.0), 2048)
-                sizes[preset] = min(512, 2 ** (int((0.85 * free - fixed) / per_image).bit_length() - 1))
-                page.line(f"| {preset}: memory of stage 2 with {sizes[preset]} images, computed | | | | | "
-                          f"{(fixed + sizes[preset] * per_image) / 1e9:.1f} |")
-            here = dataclasses.replace(rt, batch=sizes.get(preset, batch or 32), micro_batch=None)
-            for name, prepare in MEASURED.items():
-                if compiled and prepare in (features, heun):
-                    continue  # features are not compiled; Heun's method is 35 evaluations
-                trains = prepare in (stage_1, stage_2) and on_gpu
-                for layout in layouts if trains else ("",):
-                    if layout:
-                        networks.memory_format = lambda *args, to=layouts[layout]: to
-                    label = f"{preset}, {here.batch} images: {name}{', compiled' * compiled}{layout and ', ' + layout}"
-                    page.row(label, lambda: cells((preset, name), prepare, config, here, compiled))
-                    networks.memory_format = chosen
+    for preset in presets:
+        config = networks.NETWORKS[pretrain.PRESETS[preset]["network"]]
+        here = dataclasses.replace(rt, batch=batch or images_that_fit(page, preset, config, rt), micro_batch=None)
+        for name, prepare in MEASURED.items():
+            if compiled and prepare in (features, heun):
+                continue  # one is not compiled, the other is one step 35 times
+            for layout in layouts if on_gpu and prepare in (stage_1, stage_2) else ("",):
+                if layout:
+                    networks.memory_format = lambda *args, to=layouts[layout]: to
+                page.row(f"{preset}, {here.batch} images: {name}{layout and ', ' + layout}", lambda: cells(prepare, config, here))
+                networks.memory_format = chosen
 
 
 # ---- Training ----------------------------------------------------------------------------------------
@@ -444,7 +453,7 @@ def train(page, rt, seconds):
 
 def main():
     args = training.Parser(__doc__, dict(
-        parts=("correctness,speed,training", "what to run, with commas between"),
+        parts=("correctness,speed,training,compiled", "what to run, with commas between"),
         preset=(None, "speed: whose networks, with commas between (default: cifar10,imagenet64,imagenet512; on a CPU fashion-mnist)",
                 str),
         batch=(None, "speed: images at once (default: what the memory takes, at most 512; 32 on a CPU)", int),
@@ -460,16 +469,20 @@ def main():
     page.line(f"{hardware(rt.device)}; PyTorch {torch.__version__}, Python {platform.python_version()}; {datetime.date.today()}")
     if not on_gpu:
         page.line(f"\nThere is no CUDA device here: the CPU runs what it can in {minutes:g} minutes.")
+    presets = (args.preset or ("cifar10,imagenet64,imagenet512" if on_gpu else "fashion-mnist")).split(",")
     for name in args.parts.split(","):
         if name == "correctness":
             correctness(page, rt, minutes * 60 / 4)
         elif name == "speed":
-            presets = args.preset or ("cifar10,imagenet64,imagenet512" if on_gpu else "fashion-mnist")
-            speed(page, rt, presets.split(","), args.batch, minutes * 60 / 2, args.repeats)
+            speed(page, rt, presets, args.batch, minutes * 60 / 4, args.repeats)
         elif name == "training":
             train(page, rt, minutes * 60 / 4)
-        else:
-            raise files.UserError(f"--parts {name}: unknown; known: correctness, speed, training")
+        elif name == "compiled" and on_gpu:
+            page.part("Correctness, compiled: relative errors against the CPU", ["", "error", "of the gradients"], minutes * 60 / 8)
+            network_rows(page, rt, compiled=True)
+            speed(page, rt, presets, args.batch, minutes * 60 / 4, args.repeats, compiled=True)
+        elif name != "compiled":
+            raise files.UserError(f"--parts {name}: unknown; known: correctness, speed, training, compiled")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,8 @@ def test_every_divergence_trains_and_logs_the_noise_bands(call, stage1, tmp_path
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r["nimg"] for r in records] == [128, 256]
     for band in records[-1]["bands"].values():
-        assert set(band) == {"accuracy", "loss", "logit_mean", "logit_std"} and 0 <= band["accuracy"] <= 1
+        assert set(band) == {"accuracy", "loss", "logit_mean", "logit_std", "gradient_share"} and 0 <= band["accuracy"] <= 1
+    assert sum(band["gradient_share"] for band in records[-1]["bands"].values()) == pytest.approx(1, abs=0.2)  # bands without a logit are left out
     assert not same(weights(tmp_path / "network.pt"), weights(stage1 / "network.pt"))
 
 
