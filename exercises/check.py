@@ -56,7 +56,7 @@ class Watch:
                 setattr(owner, name, lambda *args, original=original, wrapped=wrapped, **more: wrapped(original, *args, **more))
             stack.callback(setattr, sys, "argv", sys.argv)
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            sys.argv = [str(script), *FLAGS, "--outdir", stack.enter_context(tempfile.TemporaryDirectory())]
+            sys.argv = [str(script), *FLAGS, "--outdir", stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))]
             try:
                 runpy.run_path(str(script), run_name="student")["main"]()
             except Enough:
@@ -112,7 +112,7 @@ class Watch:
             self.starts[who] = before
         result, self.inside = original(optimizer, lr, objective, *tensors), None
         moved = {name for name, p in net.named_parameters() if not torch.equal(before[name], p.detach())}
-        found = dict(who=who, moved=moved, samples=None, noise=None, betas=optimizer.adam.param_groups[0]["betas"])
+        found = dict(who=who, moved=moved, samples=None, noise=None, version=None, beta1=optimizer.adam.param_groups[0]["betas"][0])
         if self.asked:
             x, sigma, version = self.asked[-1]
             if who == "ratio":
@@ -121,7 +121,7 @@ class Watch:
                 self.versions.append(networks_sum(net))
             found["samples"], found["noise"] = self.origin(x, sigma)
             known = [i for i, sum_ in enumerate(self.versions) if sum_ == version]
-            found["ratio_steps"] = known[-1] if known else None
+            found["version"] = known[-1] if known else None
         self.steps.append(found)
         return result
 
@@ -139,63 +139,55 @@ def close(a, b, limit):
 # Each yields (what, seen, wanted, hint); equal seen and wanted are right.
 
 
-def facts_of_order(watch):
-    """Of the last iteration, as words: {question: answer}."""
-    try:
-        ratio = [step for step in watch.steps if step["who"] == "ratio"][-1]
-        generator = [step for step in watch.steps if step["who"] == "generator"][-1]
-    except IndexError:
-        raise UserError("no step of the ratio network or none of the generator was seen") from None
-    asked = {who: watch.samples[step["samples"]] if step["samples"] is not None else None
-             for who, step in (("ratio", ratio), ("generator", generator))}
-    if None in asked.values():
-        return {"images": "the ratio network is asked about images that are no samples plus sigma times a draw of rt.randn"}
-    same_z = asked["ratio"]["z"] == asked["generator"]["z"]
-    behind = asked["generator"]["made"] - asked["ratio"]["made"]
-    lag = len(watch.versions) - 1 - generator["ratio_steps"] if generator["ratio_steps"] is not None else None
-    return {
-        "samples of the generator's step": "those of the ratio's step" if same_z else "others than in the ratio's step",
-        "noise of the generator's step": "that of the ratio's step" if generator["noise"] == ratio["noise"] else "a new draw",
-        "ratio network that the generator follows": {0: "as its step left it", None: "in a state that no step left"}.get(
-            lag, f"as it was {lag} step before"),
-        "samples of the ratio's step": "of the present generator" if behind == 0 else f"of the generator {behind} step before",
-        "generator": "moves" if generator["moved"] else "does not move: does a graph reach it?",
-        "beta1 of generator and ratio": f"{generator['betas'][0]:g} and {ratio['betas'][0]:g}",
-    }
-
-
-AS_IT_IS = {"samples of the generator's step": "those of the ratio's step", "noise of the generator's step": "a new draw",
-            "ratio network that the generator follows": "as its step left it", "samples of the ratio's step": "of the present generator",
-            "generator": "moves", "beta1 of generator and ratio": "0 and 0"}
+AS_IT_IS = {  # what a script does: (as it is, hint)
+    "samples of the generator's step": ("those of the ratio's step", "which z makes `fake`, and where is it drawn?"),
+    "noise of the generator's step": ("a new draw", "which eps reaches generator_optimizer.step?"),
+    "ratio network that the generator follows": (
+        "as its step left it", "which weights does `ratio` hold when generator_optimizer.step runs?"),
+    "samples of the ratio's step": (
+        "of the present generator", "which `fake` reaches ratio_optimizer.step, and when was it made?"),
+    "generator": ("moves", "samples without a graph (detached, or made without one) move nothing"),
+    "beta1 of generator and ratio": ("0 and 0", "these variants leave Adam as it is"),
+}
+SAMPLES, NOISE, FOLLOWED, SEEN, *_ = AS_IT_IS
 ORDERS = {
-    "a": {}, "b": {"samples of the generator's step": "others than in the ratio's step"},
-    "c": {"noise of the generator's step": "that of the ratio's step"},
-    "d": {"ratio network that the generator follows": "as it was 1 step before"},
-    "e": {"samples of the ratio's step": "of the generator 1 step before",
-          "samples of the generator's step": "others than in the ratio's step"},
+    "a": {}, "b": {SAMPLES: "others than in the ratio's step"}, "c": {NOISE: "that of the ratio's step"},
+    "d": {FOLLOWED: "as it was 1 step before"},
+    "e": {SEEN: "of the generator 1 step before", SAMPLES: "others than in the ratio's step"},
 }
-HINTS = {
-    "samples of the generator's step": "which z makes `fake`, and where is it drawn?",
-    "noise of the generator's step": "which eps reaches generator_optimizer.step?",
-    "ratio network that the generator follows": "which weights does `ratio` hold when generator_optimizer.step runs?",
-    "samples of the ratio's step": "which `fake` reaches ratio_optimizer.step, and when was it made?",
-    "generator": "samples without a graph (detached, or made without one) move nothing",
-    "beta1 of generator and ratio": "these variants leave Adam as it is",
-}
+
+
+def order(watch):
+    """What the last iteration did, with the questions of AS_IT_IS: {question: answer}."""
+    steps = {step["who"]: step for step in watch.steps}
+    if steps.keys() != {"ratio", "generator"} or None in (step["samples"] for step in steps.values()):
+        raise UserError("both networks must step, on samples of the generator plus sigma times a draw of rt.randn")
+    ratio, generator = steps["ratio"], steps["generator"]
+    of_ratio, of_generator = (watch.samples[step["samples"]] for step in (ratio, generator))
+    same = ratio["samples"] == generator["samples"] or of_ratio["z"] == of_generator["z"] is not None
+    behind = of_generator["made"] - of_ratio["made"]
+    lag = None if generator["version"] is None else len(watch.versions) - 1 - generator["version"]
+    return dict(zip(AS_IT_IS, (
+        "those of the ratio's step" if same else "others than in the ratio's step",
+        "that of the ratio's step" if generator["noise"] == ratio["noise"] else "a new draw",
+        {0: "as its step left it", None: "in a state that no step left"}.get(lag, f"as it was {lag} step before"),
+        f"of the generator {behind} step before" if behind else "of the present generator",
+        "moves" if generator["moved"] else "does not move",
+        f"{generator['beta1']:g} and {ratio['beta1']:g}")))
 
 
 def check_order(script, variant):
-    found = facts_of_order(Watch(script))
-    fits = [letter for letter, change in ORDERS.items() if found == AS_IT_IS | change]
-    if not variant:
-        what = f"your script is ({fits[0]})" if fits else "your script is none of (a) to (e)"
-        print("".join(f"  {question}: {answer}\n" for question, answer in found.items()) + f"  {what}")
-        return [("a changed order", "as it was" if fits == ["a"] else "changed" if fits else "unknown", "changed",
-                 "name a variant, for example `check.py 5 b`, to see what differs from it")]
-    if variant not in ORDERS:
+    """Exercise 5."""
+    if variant and variant not in ORDERS:
         raise UserError(f"exercise 5 has variants a to e, not {variant}; (f) and (g) are flags")
-    wanted = AS_IT_IS | ORDERS[variant]
-    return [(question, found.get(question, "unknown"), wanted[question], HINTS[question]) for question in wanted]
+    found, usual = order(Watch(script)), {question: answer for question, (answer, _) in AS_IT_IS.items()}
+    if not variant:
+        print("".join(f"  {question}: {answer}\n" for question, answer in found.items()), end="")
+        fits = next((letter for letter, change in ORDERS.items() if found == usual | change), "none of (a) to (e)")
+        return [("your script is", f"({fits})" if len(fits) == 1 else fits, f"({fits})" if fits in "bcde" else "one of (b) to (e)",
+                 "`check.py 5 b` says what differs from (b)")]
+    wanted = usual | ORDERS[variant]
+    return [(question, found[question], wanted[question], hint) for question, (_, hint) in AS_IT_IS.items()]
 
 
 def check_start(script, variant):

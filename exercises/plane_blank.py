@@ -5,7 +5,7 @@ G(z) = D(2.5 z; 2.5) and brings it to p by a learned log density ratio. Fill in,
 
     python exercises/check.py 1
     python exercises/plane_blank.py                        draws runs/exercises/plane.png as it goes (needs matplotlib)
-    python exercises/plane_blank.py --affine --sigma 0.1 --divergence fkl    a generator that cannot become p: h stays large
+    python exercises/plane_blank.py --far 3 --sigma 0.1 --divergence fkl       it starts 3 to the right, where h is large
 """
 
 import math
@@ -58,7 +58,7 @@ def eight():
 
 
 def coverage(x, p):
-    """Share of points x [N, 2] within three deviations of each centre, [8]."""
+    """Share of points x [N, 2] within three deviations of each centre."""
     return ((x[:, None] - p.centres).norm(dim=2) < 3 * p.stds).float().mean(dim=0)
 
 
@@ -77,7 +77,7 @@ def draw(panels, p, path):
     for axis, (title, x) in zip(axes.flat, panels.items()):
         axis.plot(*p.centres.T, "k+")
         axis.plot(*x[:500].T, ".", markersize=3, alpha=0.5)
-        axis.set(title=title, aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), xticks=[], yticks=[])
+        axis.set(title=title, aspect="equal", xlim=(-1.3, 4), ylim=(-1.5, 1.5), xticks=[], yticks=[])
     plane.save(figure, path)
     plt.close(figure)
 
@@ -85,23 +85,23 @@ def draw(panels, p, path):
 def main():
     args = training.Parser(__doc__, dict(
         divergence=("dijs", "what the generator minimises", list(DIVERGENCES)),
-        affine=(False, "G(z) = A z + b: a Gaussian, which cannot become p"),
+        far=(0.0, "how far to the right of its place the generator starts", training.not_negative),
         sigma=(0.0, "a single noise level of stage 2 (default: all, as in stage 1)", training.not_negative),
         iterations=(1000, "of stage 2"), steps=(1500, "of stage 1"),
         seed=(0, "of everything random", training.integer),
         picture=(True, "draw"), out=(ROOT / "runs" / "exercises" / "plane.png", "where to", Path))).parse_args()
     torch.manual_seed(training.seed_of(args.seed, "plane_blank"))
     p, noise = eight(), plane.Noise(512, args.seed, "plane_blank")
-    generator = plane.Affine(0.3, 0.5, 0.0) if args.affine else stage1(p, args.steps, noise)
-    ratio, panels = Ratio(128), {}
+    generator = stage1(p, args.steps, noise)
+    ratio, aside, panels = Ratio(128), torch.tensor([args.far, 0.0]), {}
     betas = (0.0, 0.999)
-    follow, watch = (plane.Trainer(net, lr, args.iterations, betas) for net, lr in ((generator, 5e-3 if args.affine else 5e-4), (ratio, 2e-3)))
+    follow, watch = (plane.Trainer(net, lr, args.iterations, betas) for net, lr in ((generator, 5e-4), (ratio, 2e-3)))
 
     def levels():
         return torch.full((512,), args.sigma) if args.sigma else noise.levels()
 
     def G(z):
-        return generator(z.flatten(1)) if args.affine else generator(2.5 * z, torch.full((len(z),), 2.5)).flatten(1)
+        return generator(2.5 * z, torch.full((len(z),), 2.5)).flatten(1) + aside
 
     for i in range(args.iterations + 1):
         # 1. Ratio: tell noised data from noised samples of the present generator.
@@ -118,7 +118,7 @@ def main():
         if i in (0, 30, 100, 300) or i == args.iterations:
             found = coverage(fake.detach(), p)
             print(f"{i:5}: {int((found > 0.01).sum())} of 8 modes, {found.sum():.0%} of the samples within three deviations of one,"
-                  f" deviation of h {h_fake.std():.1f}, of the samples {fake.std(dim=0).norm():.2f}", flush=True)
+                  f" mean h {h_fake.mean():+.1f}, mean x {fake[:, 0].mean():+.2f}", flush=True)
             panels[f"{args.divergence}, iteration {i}"] = fake.detach()
             if args.picture:
                 args.out.parent.mkdir(parents=True, exist_ok=True)

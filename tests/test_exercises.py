@@ -223,6 +223,20 @@ def test_intervals_hold_95_percent_of_further_runs():
     assert 0.93 < inside / 4000 < 0.97
 
 
+PAGES = {"divergences": "02-divergences", "stage-1": "03-stage-1", "gan": "04-gan", "order": "05-order", "momentum": "05-order",
+         "t-init": "06-t-init", "noise": "07-noise", "ratio": "08-ratio", "teacher": "10-teacher"}
+
+
+@pytest.mark.parametrize("exercise", run.EXERCISES)
+def test_pages_hold_the_means_and_intervals_that_the_program_prints(exercise):
+    page, runs = (ROOT / "exercises" / f"{PAGES[exercise]}.md").read_text(), run.by_run(run.results(run.REFERENCE))
+    for name in run.EXERCISES[exercise]:
+        if (key := run.run_name(*run.row_of(exercise, name))) in runs and name != "beta1 0":  # which is the first row of `order`
+            values = [line["fd_classifier"] for line in runs[key]]
+            interval = run.between("FD (classifier)", run.intervals(runs)[key])
+            assert f"| {name} | {np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} | {interval} |" in page
+
+
 def test_without_results_the_reference_is_printed_and_nothing_runs(call, capsys, monkeypatch, tmp_path):
     """By the number of the page or by name. The reference holds three seeds of every row but those that say so, in full length."""
     monkeypatch.setattr(run, "WORK", tmp_path)
