@@ -82,7 +82,8 @@ def keep(path=PRISTINE):
 def unpack(work):
     """The folder in `work` in which the pristine scripts lie. A file that was edited there is put back."""
     folder, digits = Path(work) / "runs" / "exercises" / f"pristine-{fingerprint(pristine())}", "assets/digits.npz"
-    for name, content in {**{name: text.encode() for name, text in pristine().items()}, digits: (ROOT / digits).read_bytes()}.items():
+    contents = {name: text.encode() for name, text in pristine().items()} | {digits: (ROOT / digits).read_bytes()}
+    for name, content in contents.items():
         path = folder / name
         if not path.exists() or path.read_bytes() != content:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -48,15 +48,16 @@ class Watch:
         self.draws, self.samples, self.steps, self.starts, self.versions = [], [], [], {}, []
         self.iterations, self.asked, self.inside = iterations, [], None
         with contextlib.ExitStack() as stack:
-            for owner, name, wrapped in ((training.Runtime, "randn", self.randn), (training.Optimizer, "step", self.step),
-                                         (networks.Denoiser, "forward", self.denoise), (networks.RatioNetwork, "forward", self.ask),
-                                         (training.Run, "advance", self.advance)):
+            for owner, name, wrapped in (
+                    (training.Runtime, "randn", self.randn), (training.Optimizer, "step", self.step), (training.Run, "advance", self.advance),
+                    (networks.Denoiser, "forward", self.denoise), (networks.RatioNetwork, "forward", self.ask)):
                 original = getattr(owner, name)
                 stack.callback(setattr, owner, name, original)
                 setattr(owner, name, lambda *args, original=original, wrapped=wrapped, **more: wrapped(original, *args, **more))
             stack.callback(setattr, sys, "argv", sys.argv)
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            sys.argv = [str(script), *FLAGS, "--outdir", stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))]
+            folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+            sys.argv = [str(script), *FLAGS, "--outdir", folder]
             try:
                 runpy.run_path(str(script), run_name="student")["main"]()
             except Enough:
@@ -112,7 +113,8 @@ class Watch:
             self.starts[who] = before
         result, self.inside = original(optimizer, lr, objective, *tensors), None
         moved = {name for name, p in net.named_parameters() if not torch.equal(before[name], p.detach())}
-        found = dict(who=who, moved=moved, samples=None, noise=None, version=None, beta1=optimizer.adam.param_groups[0]["betas"][0])
+        beta1 = optimizer.adam.param_groups[0]["betas"][0]
+        found = dict(who=who, moved=moved, beta1=beta1, samples=None, noise=None, version=None)
         if self.asked:
             x, sigma, version = self.asked[-1]
             if who == "ratio":
@@ -183,8 +185,8 @@ def check_order(script, variant):
     found, usual = order(Watch(script)), {question: answer for question, (answer, _) in AS_IT_IS.items()}
     if not variant:
         print("".join(f"  {question}: {answer}\n" for question, answer in found.items()), end="")
-        fits = next((letter for letter, change in ORDERS.items() if found == usual | change), "none of (a) to (e)")
-        return [("your script is", f"({fits})" if len(fits) == 1 else fits, f"({fits})" if fits in "bcde" else "one of (b) to (e)",
+        fits = next((letter for letter, change in ORDERS.items() if found == usual | change), "none of a to e")
+        return [("your script is", fits, fits if fits in ORDERS and fits != "a" else "one of b, c, d, e",
                  "`check.py 5 b` says what differs from (b)")]
     wanted = usual | ORDERS[variant]
     return [(question, found[question], wanted[question], hint) for question, (_, hint) in AS_IT_IS.items()]
@@ -206,16 +208,18 @@ def check_start(script, variant):
 def check_head(script, variant):
     """Exercise 8: only the head of the ratio network is trained."""
     watch = Watch(script)
-    moved = set().union(*(step["moved"] for step in watch.steps if step["who"] == "ratio"))
-    parts = sorted({name.split(".")[0] for name in moved})
-    yield "parts of the ratio network that move", " and ".join(parts) or "none", "head", "which tensors require a gradient in block 1?"
-    generator = set().union(*(step["moved"] for step in watch.steps if step["who"] == "generator"))
-    yield "generator", "moves" if generator else "does not move", "moves", "the generator's step needs a graph through the ratio network"
+    parts = {step["who"]: sorted({name.split(".")[0] for name in step["moved"]}) for step in watch.steps}  # of the last steps
+    yield ("parts of the ratio network that move", " and ".join(parts["ratio"]) or "none", "head",
+           "which tensors require a gradient in block 1?")
+    yield ("generator", "moves" if parts["generator"] else "does not move", "moves",
+           "the generator's step needs a graph through the ratio network")
 
 
-F_OF_U = {"jeffreys": lambda u: (u - 1) * u.log(), "hellinger": lambda u: (u.sqrt() - 1) ** 2, "lecam": lambda u: (u - 1) ** 2 / (u + 1),
-          "dijs": lambda u: 0.5 * (u * u.log() - (u + 1) * ((u + 1) / 2).log()), "dikl": lambda u: u * u.log(),
-          "dirm": lambda u: (1 + u) * (1 + u).log() - u, "fkl": lambda u: -u.log()}
+F_OF_U = {
+    "dijs": lambda u: 0.5 * (u * u.log() - (u + 1) * ((u + 1) / 2).log()), "dikl": lambda u: u * u.log(),
+    "dirm": lambda u: (1 + u) * (1 + u).log() - u, "fkl": lambda u: -u.log(),
+    "jeffreys": lambda u: (u - 1) * u.log(), "hellinger": lambda u: (u.sqrt() - 1) ** 2, "lecam": lambda u: (u - 1) ** 2 / (u + 1),
+}
 
 
 def judge_divergence(name, loss):
@@ -242,14 +246,14 @@ def judge_divergence(name, loss):
     grows = {"fkl": (False, True), "jeffreys": (False, True), "hellinger": (False, True)}.get(name, (False, False))
     bad = [h for h, v, s, large in zip(far.tolist(), there, slope, grows) if not large and not (v.isfinite() and s.isfinite())]
     seen = f"not finite at h = {bad[0]:g}" if bad else "right, finite where f' is"
-    return f"{name}", seen, "right, finite where f' is", "exp overflows in float32 at 88.7: which function of PyTorch is ln(1 + exp(h))?"
+    return name, seen, "right, finite where f' is", "exp overflows at 88.7: which function of PyTorch is ln(1 + exp(h))?"
 
 
 def check_divergences(script, variant):
     """Exercise 2."""
     table = functions(script)["DIVERGENCES"]
     for name in ("jeffreys", "hellinger", "lecam"):
-        yield judge_divergence(name, table[name]) if name in table else (name, "not in DIVERGENCES", "a line", "see the table of the page")
+        yield judge_divergence(name, table[name]) if name in table else (name, "no line yet", "a line", "the table of the page")
 
 
 def check_noise(script, variant):
@@ -285,7 +289,7 @@ def check_plane(script, variant):
     for name in ("dijs", "dikl", "dirm", "fkl"):
         yield judge_divergence(name, student["DIVERGENCES"][name])
     h = torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True)
-    for name, sign, hint in (("data", -1, "the label is 1: minus ln P(data), and P = sigmoid(h)"), ("samples", 1, "the label is 0")):
+    for name, sign, hint in (("data", -1, "the label is 1: minus ln P(data), P = sigmoid(h)"), ("samples", 1, "the label is 0")):
         both = (h, 0 * h.detach()) if name == "data" else (0 * h.detach(), h)
         value = student["ratio_loss"](*both)
         seen = "no line yet"

@@ -1,4 +1,4 @@
-"""The whole method on points in the plane, with six blanks to fill in: every `...` below. Takes two minutes to run.
+"""The whole method on points in the plane, with six blanks to fill in: every `...` below. Takes a minute to run.
 
 p is eight Gaussians on a circle. Stage 1 trains a denoiser D of noised points. Stage 2 starts the generator as
 G(z) = D(2.5 z; 2.5) and brings it to p by a learned log density ratio. Fill in, check, run:
@@ -70,14 +70,14 @@ def stage1(p, steps, noise):
     return net
 
 
-def draw(panels, p, path):
+def draw(panels, p, right, path):
     """A panel of points for each {title: x [N, 2]}."""
     plt = plane.pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3.2), squeeze=False, layout="constrained")
     for axis, (title, x) in zip(axes.flat, panels.items()):
         axis.plot(*p.centres.T, "k+")
         axis.plot(*x[:500].T, ".", markersize=3, alpha=0.5)
-        axis.set(title=title, aspect="equal", xlim=(-1.3, 4), ylim=(-1.5, 1.5), xticks=[], yticks=[])
+        axis.set(title=title, aspect="equal", xlim=(-1.3, right), ylim=(-1.3, 1.3), xticks=[], yticks=[])
     plane.save(figure, path)
     plt.close(figure)
 
@@ -117,12 +117,12 @@ def main():
         # 3. Look.
         if i in (0, 30, 100, 300) or i == args.iterations:
             found = coverage(fake.detach(), p)
-            print(f"{i:5}: {int((found > 0.01).sum())} of 8 modes, {found.sum():.0%} of the samples within three deviations of one,"
+            print(f"{i:5}: {int((found > 0.01).sum())} of 8 modes, {found.sum():.0%} of samples within three deviations of one,"
                   f" mean h {h_fake.mean():+.1f}, mean x {fake[:, 0].mean():+.2f}", flush=True)
             panels[f"{args.divergence}, iteration {i}"] = fake.detach()
             if args.picture:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
-                draw(panels, p, args.out)
+                draw(panels, p, 1.3 + args.far, args.out)
 
 
 if __name__ == "__main__":

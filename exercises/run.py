@@ -342,20 +342,19 @@ def predict(args, exercises):
 
 
 def submit(args, exercises, rows):
-    """Write one JSON file: predictions, lines and logs of the exercise, the working copy's diff and hash, its check."""
+    """Write one JSON file: predictions, lines and logs of the exercise, the working copy's present diff and hash."""
     runs = {run_name(*row_of(name, row, args.short)) for name in exercises for row in rows[name]}
     lines = [line for (run, _), line in results(args.results).items()
              if run in runs or "+mine" in run and line["exercise"] in exercises]
     if not lines:
         raise UserError(f"{args.results} holds no results of {' and '.join(exercises)} to submit")
-    check = subprocess.run([sys.executable, str(HERE / "check.py"), args.exercise], capture_output=True, text=True)
     pristine, mine, logs = changes.pristine(), changes.texts(ROOT), {}
     for line in lines:
         log = WORK / line.get("folder", "") / "log.jsonl"
         logs[f"{line['run']}-{line['seed']}"] = log.read_text() if log.exists() else None
     foretold = [p for p in files.json_lines(predictions(args.results), "exercise", "time") if p["exercise"] == args.exercise]
     content = dict(exercise=args.exercise, time=now(), predictions=foretold, results=lines, diff=changes.diff(pristine, mine),
-                   hash=changes.fingerprint(mine), pristine=changes.fingerprint(pristine), check=check.stdout, logs=logs)
+                   hash=changes.fingerprint(mine), pristine=changes.fingerprint(pristine), logs=logs)
     with files.atomic(args.submit) as part:
         part.write_text(json.dumps(content, indent=1) + "\n")
     print(f"wrote {args.submit}: {len(lines)} lines, {len(foretold)} predictions, a diff of {len(content['diff'])} characters")
@@ -368,7 +367,7 @@ def main():
         first_seed=(0, "the first of them", training.number("whole number from 0 on", int, 0)),
         short=(False, "rows of a quarter of the length, for which there is no reference"),
         predict=(None, "store this text, or this file, as your prediction and end", str),
-        submit=(None, "write predictions, results, your diff and its check to this file and end", str),
+        submit=(None, "write predictions, results with their diffs and checks, and logs to this file and end", str),
         table=(False, "print what --results holds and run nothing"),
         list=(False, "print all exercises with their rows"),
         diff=(None, "print a change of code", list(changes.CHANGES))))
@@ -409,6 +408,14 @@ def main():
     print("\n".join(f"\n{name}\n\n{text}" for name, text in tables.items() if text))
 
 
+def own_code(exercise):
+    """{"diff", "check"}: what the working copy changes, and what check.py says of it, which is also printed."""
+    number = next(number for number, names in NUMBERS.items() if exercise in names.split())
+    check = subprocess.run([sys.executable, str(HERE / "check.py"), number], capture_output=True, text=True, cwd=ROOT)
+    print(check.stdout + check.stderr, flush=True)
+    return dict(diff=changes.diff(changes.pristine(), changes.texts(ROOT)), check=check.stdout + check.stderr)
+
+
 def run_all(args, rows):
     """Train and measure the rows {exercise: names}, or the working copy, where the results have no line of the same hash."""
     if not (WORK / STAGE1).exists():
@@ -434,13 +441,13 @@ def run_all(args, rows):
                 print(f"--- {args.results} has a line of other scripts or flags ({before.get('hash')}); it is trained anew")
             start = time.monotonic()
             folder = folder_of(flags, names, seed, args.results)
-            code = changes.diff(changes.pristine(), changes.texts(ROOT)) if "mine" in names else None  # before it can change
+            own = own_code(exercise) if "mine" in names else {}
             train(folder, flags, names, seed)
             measures = measures or measure.Measures("digits", WORK / STAGE1)
             line = dict(run=run, seed=seed, hash=now_hash, exercise=exercise, flags=flags, folder=str(folder.relative_to(WORK)),
-                        **measured(folder, flags, measures, seed), time=now(), seconds=round(time.monotonic() - start))
+                        **measured(folder, flags, measures, seed), time=now(), seconds=round(time.monotonic() - start), **own)
             with open(args.results, "a") as file:
-                file.write(json.dumps(line | ({} if code is None else dict(diff=code))) + "\n")
+                file.write(json.dumps(line) + "\n")
             print(f"--- {name}, seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
 
 

@@ -195,7 +195,8 @@ def test_mine_predictions_and_submission(brief, call, refused, capsys, monkeypat
     """--mine stores what was run with its diff. A prediction comes before results. A submission holds all that is graded."""
     call(run, "5", "--results", brief, "--predict", "b before d")
     call(run, "5", "--results", brief, "--mine")
-    assert "only flags can make a difference" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "only flags can make a difference" in shown and "your script is: a" in shown
     pristine = changes.pristine()
     monkeypatch.setattr(changes, "pristine", lambda: pristine | {run.changes.SCRIPT: "# as it was\n"})
     call(run, "5", "--results", brief, "--mine", "--beta1 0.5", "--short")
@@ -206,7 +207,7 @@ def test_mine_predictions_and_submission(brief, call, refused, capsys, monkeypat
     call(run, "5", "--results", brief, "--submit", tmp_path / "me.json")
     handed = json.loads((tmp_path / "me.json").read_text())
     assert [p["prediction"] for p in handed["predictions"]] == ["b before d"] and len(handed["results"]) == 2
-    assert "-# as it was" in handed["diff"] and "exercise 5" in handed["check"]
+    assert "-# as it was" in handed["diff"] and all("your script is: a" in line["check"] for line in handed["results"])
     assert all("ratio_loss" in log for log in handed["logs"].values())
     assert "no results of gan to submit" in refused(run, "4", "--results", brief, "--submit", tmp_path / "x.json")
 
