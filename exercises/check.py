@@ -27,7 +27,8 @@ from machinery import checkpoints, training  # noqa: E402
 from machinery.files import UserError  # noqa: E402
 import networks  # noqa: E402
 
-FLAGS = f"--init {ROOT}/assets/digits-stage1.pt --batch 8 --kimg 1 --ratio-steps 1 --device cpu --precision fp32".split()
+STAGE1 = str(ROOT / "assets" / "digits-stage1.pt")
+FLAGS = [*"--batch 8 --kimg 1 --ratio-steps 1 --device cpu --precision fp32 --init".split(), STAGE1]
 LIMIT = 1e-5  # how far two images may differ by rounding
 
 
@@ -194,7 +195,7 @@ def check_order(script, variant):
 
 def check_start(script, variant):
     """Exercise 3: the generator starts from random weights, the ratio network from stage 1."""
-    watch, denoiser = Watch(script, 1), checkpoints.load_network(ROOT / "assets" / "digits-stage1.pt", role="denoiser")
+    watch, denoiser = Watch(script, 1), checkpoints.load_network(STAGE1, role="denoiser")
     ratio = networks.RatioNetwork(denoiser.config)
     ratio.load_encoder(denoiser)
     for who, net, wanted in (("generator", denoiser, "random weights"), ("ratio", ratio, "stage 1")):

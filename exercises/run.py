@@ -4,8 +4,8 @@
     python exercises/run.py 5 --results my-runs.jsonl          train and measure its rows, seed 0
     python exercises/run.py 5 --results my-runs.jsonl --mine   the same of your working copy, whatever you changed in it
     python exercises/run.py 2 --results my-runs.jsonl --mine "--divergence hellinger"          with flags of your own
-    python exercises/run.py 5 --results my-runs.jsonl --predict "c, a, b, d, e, f, g"          before anything is run
-    python exercises/run.py 5 --results my-runs.jsonl --submit me.json                         one file to hand in
+    python exercises/run.py 5 --results my-runs.jsonl --predict mine.txt     a text or a file, before anything is run
+    python exercises/run.py 5 --results my-runs.jsonl --submit me.json       one file to hand in
     python exercises/run.py --list                             all exercises and their rows
     python exercises/run.py --diff fresh-z                     a change of code, as a diff
 
@@ -293,7 +293,7 @@ def judged(heading, line, expected):
 def table(exercise, rows, path, short=False):
     """The exercise's tables, of all seeds that the results file `path` holds; None if it holds none of these rows."""
     columns = {**{name: measure.COLUMNS[name] for name in SHOWN}, **EXTRA_COLUMNS.get(exercise, {})}
-    runs, own = by_run(results(path)), Path(path) != REFERENCE
+    runs, own = by_run(results(path)), Path(path).resolve() != REFERENCE
     names = {name: run_name(*row_of(exercise, name, short)) for name in rows}
     names |= {f"mine {lines[0]['hash'][:6]} {lines[0]['flags']}".strip(): run
               for run, lines in runs.items() if "+mine" in run and lines[0].get("exercise") == exercise}
