@@ -140,7 +140,7 @@ def kimg_of(flags):
 
 def run_name(flags, names):
     """Name of a run: its flags and its changes of code; of a working copy its hash as well."""
-    name = " ".join([*flags.replace("--", "").split(), *(f"+{name}" for name in names)]).replace(" ", "_") or "default"
+    name = "_".join([*flags.replace("--", "").replace("/", "-").split(), *(f"+{name}" for name in names)]) or "default"
     return f"{name}_{hash_of(flags, names)}" if "mine" in names else name
 
 

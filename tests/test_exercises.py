@@ -199,6 +199,7 @@ def test_mine_predictions_and_submission(brief, call, refused, capsys, monkeypat
     assert "only flags can make a difference" in shown and "your script is: a" in shown
     pristine = changes.pristine()
     monkeypatch.setattr(changes, "pristine", lambda: pristine | {run.changes.SCRIPT: "# as it was\n"})
+    monkeypatch.setattr(run, "own_code", lambda _, own=run.own_code("order"): own)  # seen once; it takes seconds
     call(run, "5", "--results", brief, "--mine", "--beta1 0.5", "--short")
     shown, (plain, short) = capsys.readouterr().out, run.results(brief).values()
     assert plain["diff"] == "" and "-# as it was" in short["diff"] and short["flags"] == "--beta1 0.5 --kimg 0.016"
