@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
 import plane  # noqa: E402
 from machinery import training  # noqa: E402
+from machinery.files import UserError  # noqa: E402
 from pretrain import denoising_loss  # noqa: E402
 
 # ---- Blanks. h = ln p/q; u = q/p = exp(-h). Shapes: h [N]; samples and noise [N, 2]; sigma [N] --------
@@ -57,11 +58,6 @@ def eight():
     return plane.Mixture(0.7 * torch.stack([angle.cos(), angle.sin()], dim=1), torch.full((8,), 0.05))
 
 
-def coverage(x, p):
-    """Share of points x [N, 2] within three deviations of each centre."""
-    return ((x[:, None] - p.centres).norm(dim=2) < 3 * p.stds).float().mean(dim=0)
-
-
 def stage1(p, steps, noise):
     net = plane.Score(128)
     trainer = plane.Trainer(net, 2e-3, steps)
@@ -78,6 +74,7 @@ def draw(panels, p, right, path):
         axis.plot(*p.centres.T, "k+")
         axis.plot(*x[:500].T, ".", markersize=3, alpha=0.5)
         axis.set(title=title, aspect="equal", xlim=(-1.3, right), ylim=(-1.3, 1.3), xticks=[], yticks=[])
+    path.parent.mkdir(parents=True, exist_ok=True)
     plane.save(figure, path)
     plt.close(figure)
 
@@ -90,12 +87,15 @@ def main():
         iterations=(1000, "of stage 2"), steps=(1500, "of stage 1"),
         seed=(0, "of everything random", training.integer),
         picture=(True, "draw"), out=(ROOT / "runs" / "exercises" / "plane.png", "where to", Path))).parse_args()
+    if ... in (ratio_loss(torch.zeros(1), torch.zeros(1)), DIVERGENCES[args.divergence](torch.zeros(1))):
+        raise UserError("there are blanks left: fill them in, then python exercises/check.py 1")
+    if args.picture:
+        plane.pyplot()  # a missing package is told now, not after the work
     torch.manual_seed(training.seed_of(args.seed, "plane_blank"))
     p, noise = eight(), plane.Noise(512, args.seed, "plane_blank")
     generator = stage1(p, args.steps, noise)
     ratio, aside, panels = Ratio(128), torch.tensor([args.far, 0.0]), {}
-    betas = (0.0, 0.999)
-    follow, watch = (plane.Trainer(net, lr, args.iterations, betas) for net, lr in ((generator, 5e-4), (ratio, 2e-3)))
+    follow, watch = (plane.Trainer(net, lr, args.iterations, (0.0, 0.999)) for net, lr in ((generator, 5e-4), (ratio, 2e-3)))
 
     def levels():
         return torch.full((512,), args.sigma) if args.sigma else noise.levels()
@@ -116,12 +116,11 @@ def main():
         follow.step(generator_loss(ratio, fake, levels(), noise.normal().flatten(1), args.divergence))
         # 3. Look.
         if i in (0, 30, 100, 300) or i == args.iterations:
-            found = coverage(fake.detach(), p)
+            found = ((fake.detach()[:, None] - p.centres).norm(dim=2) < 3 * p.stds).float().mean(dim=0)  # by mode
             print(f"{i:5}: {int((found > 0.01).sum())} of 8 modes, {found.sum():.0%} of samples within three deviations of one,"
                   f" mean h {h_fake.mean():+.1f}, mean x {fake[:, 0].mean():+.2f}", flush=True)
             panels[f"{args.divergence}, iteration {i}"] = fake.detach()
             if args.picture:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
                 draw(panels, p, 1.3 + args.far, args.out)
 
 
