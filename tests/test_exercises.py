@@ -35,7 +35,7 @@ def brief_classifiers(tmp_path_factory):
     """Classifiers are trained briefly and kept apart from the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFRATIO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(classifier.load, "__defaults__", (20_000,))
+        patch.setattr(classifier.load, "__defaults__", (20_000, "cpu"))
         yield
 
 
