@@ -154,6 +154,13 @@ def table(rows, columns=COLUMNS):
     return "\n".join(lines + [f"| {name} | {' | '.join(row[i] for i in kept)} |" for name, row in cells.items()])
 
 
+def add_lines(path, *lines):
+    """Append dicts to a file of JSON lines."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
 def main():
     parser = training.Parser(__doc__, dict(
         pretrained=(None, "stage-1 network whose features to use as well", str),
@@ -186,9 +193,7 @@ def main():
         demo.save_panels(shown.values(), args.picture)
         print(f"{args.picture}: {' | '.join(shown)}")
     if args.json:
-        with open(args.json, "a") as file:
-            lines = ({"data": args.data, "row": name, **seed} for name, row in rows.items() for seed in row)
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        add_lines(args.json, *({"data": args.data, "row": name, **seed} for name, row in rows.items() for seed in row))
 
 
 if __name__ == "__main__":
