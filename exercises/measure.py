@@ -150,8 +150,13 @@ def table(rows, columns=COLUMNS):
 
     cells = {name: [cell(row, *column) for column in columns.values()] for name, row in rows.items()}
     kept = [i for i in range(len(columns)) if any(row[i] for row in cells.values())]  # not the empty columns
-    lines = [f"| | {' | '.join(list(columns)[i] for i in kept)} |", "|---" * (len(kept) + 1) + "|"]
-    return "\n".join(lines + [f"| {name} | {' | '.join(row[i] for i in kept)} |" for name, row in cells.items()])
+    return markdown([list(columns)[i] for i in kept], {name: [row[i] for i in kept] for name, row in cells.items()})
+
+
+def markdown(headings, rows):
+    """A table of {name: cells}."""
+    lines = [f"| | {' | '.join(headings)} |", "|---" * (len(headings) + 1) + "|"]
+    return "\n".join(lines + [f"| {name} | {' | '.join(row)} |" for name, row in rows.items()])
 
 
 def add_lines(path, *lines):

@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -30,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 import measure  # noqa: E402
 from machinery import training  # noqa: E402
 from machinery.files import UserError, atomic, json_lines  # noqa: E402
-from networks import Config, parameter_count, preconditioning  # noqa: E402
+from networks import Config, preconditioning  # noqa: E402
 from pretrain import denoising_loss  # noqa: E402
 from train_diffratio import generator_loss, ratio_loss  # noqa: E402
 
@@ -243,15 +242,8 @@ def train_student(o, seed, teacher):
 def measure_error(o, seed):
     """Errors of the two estimates of grad ln p/q, at points of noised q, relative to its root mean square: a row's numbers."""
     p, q = spiral(), spiral(o["turn"])
-    seen, started = known(o, seed), time.monotonic()
-    ratio = train_ratio(seen, q, o, seed)
-    middle = time.monotonic()
-    teacher = train_teacher(o, seed)
-    student = train_student(o, seed, teacher)
-    row = {"ratio_seconds": middle - started, "scores_seconds": time.monotonic() - middle,
-           "ratio_parameters": parameter_count(ratio),
-           "scores_parameters": parameter_count(teacher) + parameter_count(student)}
-    row |= {"ratio_error": [], "scores_error": []}
+    ratio, teacher = train_ratio(known(o, seed), q, o, seed), train_teacher(o, seed)
+    student, row = train_student(o, seed, teacher), {"ratio_error": [], "scores_error": []}
     for level in SIGMAS:
         rng, sigma = training.rng("cpu", "plane, test", level), torch.full((4000,), level)
         x = q.sample(4000, rng) + level * torch.randn(4000, 2, generator=rng)
@@ -282,7 +274,7 @@ class Affine(nn.Module):
 
 
 class Small(nn.Module):
-    """x = a small MLP of z."""
+    """x = z / 2 plus a small MLP of z."""
 
     def __init__(self):
         super().__init__()
@@ -386,9 +378,10 @@ def draw_field(folder, regime="far", levels=(0.1, 0.5, 2.0)):
     save(figure, folder / "plane-field.png")
 
 
-def save(figure, path):
+def save(figure, path, dpi=75):
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as part:
-        figure.savefig(part, format="png", dpi=75)
+        figure.savefig(part, format="png", dpi=dpi)
     print(f"drew {path}")
 
 
