@@ -5,7 +5,6 @@ or on git being there. So exercises/pristine.zip holds the scripts: one file tha
 After a change of the scripts that the exercises should follow:
 
     python exercises/changes.py                          store the scripts of this folder
-    python exercises/run.py --diff NAME                  print a change of code
 """
 
 import difflib

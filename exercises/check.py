@@ -17,6 +17,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -46,19 +47,20 @@ class Watch:
     """
 
     def __init__(self, script, iterations=2):
-        self.draws, self.samples, self.steps, self.starts, self.versions = [], [], [], {}, []
-        self.iterations, self.asked, self.inside = iterations, [], None
+        self.draws, self.samples, self.steps, self.starts, self.versions, self.asked = [], [], [], {}, [], []
+        self.iterations = iterations
         with contextlib.ExitStack() as stack:
-            for owner, name, wrapped in (
-                    (training.Runtime, "randn", self.randn), (training.Optimizer, "step", self.step), (training.Run, "advance", self.advance),
-                    (networks.Denoiser, "forward", self.denoise), (networks.RatioNetwork, "forward", self.ask)):
-                original = getattr(owner, name)
-                stack.callback(setattr, owner, name, original)
-                setattr(owner, name, lambda *args, original=original, wrapped=wrapped, **more: wrapped(original, *args, **more))
-            stack.callback(setattr, sys, "argv", sys.argv)
+            for owner, name, method in (
+                    (training.Runtime, "randn", self.randn), (training.Optimizer, "step", self.step),
+                    (training.Run, "advance", self.advance), (networks.Denoiser, "forward", self.denoise),
+                    (networks.RatioNetwork, "forward", self.ask)):
+                def wrapped(*args, method=method, original=getattr(owner, name), **more):
+                    return method(original, *args, **more)
+
+                stack.enter_context(mock.patch.object(owner, name, wrapped))
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-            sys.argv = [str(script), *FLAGS, "--outdir", folder]
+            stack.enter_context(mock.patch.object(sys, "argv", [str(script), *FLAGS, "--outdir", folder]))
             try:
                 runpy.run_path(str(script), run_name="student")["main"]()
             except Enough:
@@ -88,9 +90,7 @@ class Watch:
         return y
 
     def ask(self, original, net, x, sigma, labels=None):
-        if self.inside is not None:
-            now = networks_sum(net)
-            self.asked.append((x.detach().clone(), sigma.detach().clone(), now))
+        self.asked.append((x.detach().clone(), sigma.detach().clone(), state_of(net)))
         return original(net, x, sigma, labels)
 
     def draw(self, eps):
@@ -107,29 +107,25 @@ class Watch:
         return None, None
 
     def step(self, original, optimizer, lr, objective, *tensors):
-        net, self.asked, self.inside = optimizer.net, [], True
+        net, self.asked = optimizer.net, []
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
         who = "ratio" if isinstance(net, networks.RatioNetwork) else "generator"
-        if who not in self.starts:
-            self.starts[who] = before
-        result, self.inside = original(optimizer, lr, objective, *tensors), None
+        self.starts.setdefault(who, before)
+        result = original(optimizer, lr, objective, *tensors)
         moved = {name for name, p in net.named_parameters() if not torch.equal(before[name], p.detach())}
-        beta1 = optimizer.adam.param_groups[0]["betas"][0]
-        found = dict(who=who, moved=moved, beta1=beta1, samples=None, noise=None, version=None)
+        found = dict(who=who, moved=moved, beta1=optimizer.adam.param_groups[0]["betas"][0], samples=None, noise=None, version=None)
         if self.asked:
             x, sigma, version = self.asked[-1]
             if who == "ratio":
-                self.versions = self.versions or [version]
                 x, sigma = x.chunk(2)[1], sigma.chunk(2)[1]  # the second half is samples
-                self.versions.append(networks_sum(net))
+                self.versions = [*(self.versions or [version]), state_of(net)]
             found["samples"], found["noise"] = self.origin(x, sigma)
-            known = [i for i, sum_ in enumerate(self.versions) if sum_ == version]
-            found["version"] = known[-1] if known else None
+            found["version"] = max((i for i, known in enumerate(self.versions) if known == version), default=None)
         self.steps.append(found)
         return result
 
 
-def networks_sum(net):
+def state_of(net):
     """A number that tells two states of a network apart."""
     return hash(tuple(p.detach().double().sum().item() for p in net.parameters()))
 
@@ -294,11 +290,10 @@ def check_plane(script, variant):
         both = (h, 0 * h.detach()) if name == "data" else (0 * h.detach(), h)
         value = student["ratio_loss"](*both)
         seen = "no line yet"
-        if value is not Ellipsis and value is not None:
-            slope, wanted = torch.autograd.grad(value.sum(), h)[0], 0.5 * sign * (sign * h).sigmoid()
-            seen = "that of the cross-entropy" if torch.allclose(slope, wanted.detach()) else (
-                "twice that of the cross-entropy" if torch.allclose(slope, 2 * wanted.detach()) else
-                "of the wrong sign" if torch.allclose(slope, -wanted.detach()) else "another one")
+        if torch.is_tensor(value):
+            slope, wanted = torch.autograd.grad(value.sum(), h)[0], 0.5 * sign * (sign * h.detach()).sigmoid()
+            kinds = {"that of the cross-entropy": 1, "twice that of the cross-entropy": 2, "of the wrong sign": -1}
+            seen = next((kind for kind, factor in kinds.items() if torch.allclose(slope, factor * wanted)), "another one")
         yield f"slope of ratio_loss at {name}", seen, "that of the cross-entropy", hint + "; each side weighs one half"
     fake, sigma, eps, asked = torch.ones(5, 2, requires_grad=True), torch.arange(5.0), torch.randn(5, 2), []
 
@@ -308,7 +303,7 @@ def check_plane(script, variant):
 
     value, noised = student["generator_loss"](ratio, fake, sigma, eps, "dikl"), fake + sigma[:, None] * eps
     seen = "no line yet"
-    if value is not Ellipsis and value is not None:
+    if torch.is_tensor(value):
         seen = ("the ratio is not asked about noised samples" if not asked or not torch.allclose(asked[0], noised) else
                 "no graph to the samples" if not value.requires_grad else
                 "f' of h at noised samples" if torch.allclose(value, -noised.sum(1)) else "another loss")
@@ -320,10 +315,9 @@ def functions(script):
         return runpy.run_path(str(script), run_name="student")
 
 
-CHECKS = {"1": (check_plane, HERE / "plane_blank.py"), "2": (check_divergences, ROOT / "train_diffratio.py"),
-          "3": (check_start, ROOT / "train_diffratio.py"), "5": (check_order, ROOT / "train_diffratio.py"),
-          "7": (check_noise, ROOT / "train_diffratio.py"), "8": (check_head, ROOT / "train_diffratio.py"),
-          "10": (check_vsd, HERE / "teacher.py")}
+CHECKS = {"1": check_plane, "2": check_divergences, "3": check_start, "5": check_order, "7": check_noise, "8": check_head,
+          "10": check_vsd}
+SCRIPTS = {"1": "exercises/plane_blank.py", "10": "exercises/teacher.py"}  # of the others train_diffratio.py
 
 
 def main():
@@ -334,14 +328,13 @@ def main():
     if args.exercise not in CHECKS:
         print(f"exercise {args.exercise}: no code to check; there are checks of {', '.join(CHECKS)}")
         return
-    check, script = CHECKS[args.exercise]
-    script = Path(args.script or script).resolve()
-    right = True
+    script = Path(args.script or ROOT / SCRIPTS.get(args.exercise, "train_diffratio.py")).resolve()
     print(f"exercise {args.exercise}{f' ({args.variant})' if args.variant else ''}: {script.name}", flush=True)
     torch.set_num_threads(1)
-    for what, seen, wanted, hint in check(script, args.variant):
-        right = right and seen == wanted
+    found = list(CHECKS[args.exercise](script, args.variant))
+    for what, seen, wanted, hint in found:
         print(f"  {what}: {seen}" + ("" if seen == wanted else f"\n      wanted: {wanted}\n      hint: {hint}"))
+    right = all(seen == wanted for _, seen, wanted, _ in found)
     print("right" if right else "not yet")
     if not right:
         sys.exit(1)

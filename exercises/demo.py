@@ -26,12 +26,6 @@ EXPECTED = {
 }
 
 
-def nearest_digit_shares(images, dataset):
-    """Share of each digit [10] among images uint8 [N, H, W, 1], by nearest neighbour in the data."""
-    x, known = (torch.from_numpy(a.reshape(len(a), -1).astype(np.float32)) for a in (images, dataset.images))
-    return np.bincount(dataset.labels[torch.cdist(x, known).argmin(dim=1).numpy()], minlength=10) / len(images)
-
-
 def save_panels(sets, path, side=8, scale=1):
     """Write one PNG with the first side x side images (or fewer) of sets of uint8 [N, H, W, C]."""
     sets = list(sets)
@@ -82,7 +76,8 @@ def main():
     first, last = (statistics(samples[f"one step, {when} stage 2"]) for when in ("before", "after"))
     gain = fid.frechet_distance(first, everything) / fid.frechet_distance(last, everything)
     mean = {name: np.mean(values) for name, values in distances.items()}
-    shares = nearest_digit_shares(samples["one step, after stage 2"], dataset)
+    x, known = (torch.from_numpy(a.reshape(len(a), -1)).float() for a in (samples["one step, after stage 2"], dataset.images))
+    shares = np.bincount(dataset.labels[torch.cdist(x, known).argmin(dim=1).numpy()], minlength=10) / len(x)  # nearest digit
 
     print(f"\nFD (stage 1) of {half} images from {half} of the data, mean of {REPEATS} draws")
     print(f"  {'':26}{'here':>9}   expected")

@@ -122,16 +122,13 @@ def distillation(config, rt, compiled=False, method="vsd"):
     return step
 
 
-def sampling(config, rt, compiled=False):
-    """Function that draws a batch in one step."""
-    net, draw = build(networks.Denoiser, config, rt, compiled).eval(), Batch(config, rt)
-    return lambda: rt.in_parts(functools.partial(sample.one_step, net), draw.z, draw.labels, graph=False)
+def sampling(config, rt, compiled=False, draw=sample.one_step):
+    """Function that samples a batch, in one step or by `draw`."""
+    net, inputs = build(networks.Denoiser, config, rt, compiled).eval(), Batch(config, rt)
+    return lambda: rt.in_parts(functools.partial(draw, net), inputs.z, inputs.labels, graph=False)
 
 
-def heun(config, rt, compiled=False):
-    """Function that draws a batch by Heun's method with 18 steps."""
-    net, draw = build(networks.Denoiser, config, rt, compiled).eval(), Batch(config, rt)
-    return lambda: rt.in_parts(functools.partial(sample.heun, net), draw.z, draw.labels, graph=False)
+heun = functools.partial(sampling, draw=sample.heun)
 
 
 def inception_shapes():
@@ -164,32 +161,28 @@ MEASURED = {  # name of the row: the function that prepares it
 }
 
 
-def peak_memory_gb(device):
-    """The most memory that was held: on a GPU by tensors, on the CPU by the process; NaN on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:
-        return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
 def measure(function, device, repeats):
-    """(median seconds, peak memory in GB) of one call of `function`, which was called before."""
-    if device.type == "cuda":
+    """(median seconds, peak memory in GB) of one call of `function`, which was called before.
+
+    The memory is that of tensors on a GPU and of the process on a CPU; NaN where only Linux would tell.
+    """
+    cuda, clear = device.type == "cuda", Path("/proc/self/clear_refs")
+    if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak of this process
+    elif clear.exists():
+        clear.write_text("5")  # forget the peak of this process
     seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
         function()
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds), peak_memory_gb(device)
+    peak = torch.cuda.max_memory_allocated(device) / 1e9 if cuda else float("nan")
+    if not cuda and clear.exists():
+        peak = int(clear.with_name("status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    return statistics.median(seconds), peak
 
 
 def hardware(device):
@@ -262,10 +255,8 @@ def network_check(architecture, rt, compiled):
     x, c_noise, labels = torch.randn(8, 3, 16, 16), torch.randn(8), torch.arange(8) % 5
 
     def run(net, x, c_noise, labels):
-        x = x.requires_grad_()
-        out = net(x, c_noise, labels)
-        grads = torch.autograd.grad(out.double().square().sum(), [x, *net.parameters()])
-        return out, grads
+        out = net(x.requires_grad_(), c_noise, labels)
+        return out, torch.autograd.grad(out.double().square().sum(), [x, *net.parameters()])
 
     out, grads = run(copy.deepcopy(net).double(), x.double(), c_noise.double(), labels)
     net = networks.place(net, rt.device, compiled)
@@ -301,13 +292,11 @@ def continuation_check(rt):
     """The same for a run that was stopped and continued, against one that was not."""
     with tempfile.TemporaryDirectory() as folder:
         flags = "--init", STAGE1, "--batch", 32, "--lr-decay-kimg", 1, "--device", rt.device.type, "--precision", "fp32"
-        for name, lengths in (("straight", [0.256]), ("continued", [0.128, 0.256])):
-            for kimg in lengths:
-                call("train_diffratio.py", *flags, "--kimg", kimg, "--outdir", f"{folder}/{name}", "--grid-kimg", 100)
-        start = [*checkpoints.load_network(STAGE1).parameters()]
-        straight, continued = ([p - q for p, q in zip(checkpoints.load_network(f"{folder}/{name}/network.pt").parameters(),
-                                                      start)] for name in ("straight", "continued"))
-    return [verdict(apart(continued, straight), 0.05)]
+        for name, kimg in (("straight", 0.256), ("continued", 0.128), ("continued", 0.256)):
+            call("train_diffratio.py", *flags, "--kimg", kimg, "--outdir", f"{folder}/{name}", "--grid-kimg", 100)
+        paths = STAGE1, f"{folder}/straight/network.pt", f"{folder}/continued/network.pt"
+        start, straight, continued = ([*checkpoints.load_network(path).parameters()] for path in paths)
+    return [verdict(apart(*([p - q for p, q in zip(end, start)] for end in (continued, straight))), 0.05)]
 
 
 def feature_check(which, rt):
@@ -429,21 +418,18 @@ def train(page, rt, seconds):
         return page.line("| not run | `make demo` trains the digits on a CPU |")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            call("pretrain.py", "--preset", name, "--kimg", 16, "--outdir", folder, *device)
-            rate = json.loads(Path(folder, "log.jsonl").read_text().splitlines()[-1])["images_per_second"]
+            call("pretrain.py", "--preset", name, "--kimg", 16, "--outdir", f"{folder}/try", *device)
+            rate = json.loads(Path(folder, "try", "log.jsonl").read_text().splitlines()[-1])["images_per_second"]
             needed = (256_000 + 3 * 448_000) / rate  # an image of stage 2 takes about three times as long
             if needed > seconds:
                 raise RuntimeError(f"it would take {needed:.0f} s")
-        except RuntimeError as error:  # no data, or too slow
+        except RuntimeError as error:  # no data here, or too slow
             page.line(f"| Fashion-MNIST | not run: {error} |")
             name = "digits"
-    lengths = {}
-    for script in ("pretrain.py", "train_diffratio.py"):
-        begin = time.monotonic()
-        page.row(f"{name}, {script}", lambda: [call(script, "--preset", name, *device).splitlines()[-2]])
-        lengths[script] = time.monotonic() - begin
-    page.line(f"| seconds of the two stages | {' and '.join(f'{s:.0f}' for s in lengths.values())} |")
-    with tempfile.TemporaryDirectory() as folder:
+        for script in ("pretrain.py", "train_diffratio.py"):
+            begin = time.monotonic()
+            page.row(f"{name}, {script}", lambda: [call(script, "--preset", name, *device).splitlines()[-2]])
+            page.line(f"| seconds | {time.monotonic() - begin:.0f} |")
         samples = f"{folder}/samples.npz"
         page.row("samples", lambda: [call("sample.py", "--network", f"runs/{name}/dijs/network.pt", "--n", 5000,
                                           "--out", samples, *device).splitlines()[-1]])
@@ -470,19 +456,19 @@ def main():
     if not on_gpu:
         page.line(f"\nThere is no CUDA device here: the CPU runs what it can in {minutes:g} minutes.")
     presets = (args.preset or ("cifar10,imagenet64,imagenet512" if on_gpu else "fashion-mnist")).split(",")
-    for name in args.parts.split(","):
+    parts, quarter = args.parts.split(","), minutes * 60 / 4
+    if unknown := set(parts) - {"correctness", "speed", "training", "compiled"}:
+        raise files.UserError(f"--parts {min(unknown)}: unknown; known: correctness, speed, training, compiled")
+    for name in parts:
         if name == "correctness":
-            correctness(page, rt, minutes * 60 / 4)
-        elif name == "speed":
-            speed(page, rt, presets, args.batch, minutes * 60 / 4, args.repeats)
+            correctness(page, rt, quarter)
         elif name == "training":
-            train(page, rt, minutes * 60 / 4)
-        elif name == "compiled" and on_gpu:
-            page.part("Correctness, compiled: relative errors against the CPU", ["", "error", "of the gradients"], minutes * 60 / 8)
-            network_rows(page, rt, compiled=True)
-            speed(page, rt, presets, args.batch, minutes * 60 / 4, args.repeats, compiled=True)
-        elif name != "compiled":
-            raise files.UserError(f"--parts {name}: unknown; known: correctness, speed, training, compiled")
+            train(page, rt, quarter)
+        elif name == "speed" or on_gpu:
+            if name == "compiled":
+                page.part("Correctness, compiled: relative errors against the CPU", ["", "error", "of the gradients"], quarter / 2)
+                network_rows(page, rt, compiled=True)
+            speed(page, rt, presets, args.batch, quarter, args.repeats, compiled=name == "compiled")
 
 
 if __name__ == "__main__":

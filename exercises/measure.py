@@ -150,8 +150,20 @@ def table(rows, columns=COLUMNS):
 
     cells = {name: [cell(row, *column) for column in columns.values()] for name, row in rows.items()}
     kept = [i for i in range(len(columns)) if any(row[i] for row in cells.values())]  # not the empty columns
-    lines = [f"| | {' | '.join(list(columns)[i] for i in kept)} |", "|---" * (len(kept) + 1) + "|"]
-    return "\n".join(lines + [f"| {name} | {' | '.join(row[i] for i in kept)} |" for name, row in cells.items()])
+    return markdown([list(columns)[i] for i in kept], {name: [row[i] for i in kept] for name, row in cells.items()})
+
+
+def markdown(headings, rows):
+    """A table of {name: cells}."""
+    lines = [f"| | {' | '.join(headings)} |", "|---" * (len(headings) + 1) + "|"]
+    return "\n".join(lines + [f"| {name} | {' | '.join(row)} |" for name, row in rows.items()])
+
+
+def add_lines(path, *lines):
+    """Append dicts to a file of JSON lines."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def main():
@@ -186,9 +198,7 @@ def main():
         demo.save_panels(shown.values(), args.picture)
         print(f"{args.picture}: {' | '.join(shown)}")
     if args.json:
-        with open(args.json, "a") as file:
-            lines = ({"data": args.data, "row": name, **seed} for name, row in rows.items() for seed in row)
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        add_lines(args.json, *({"data": args.data, "row": name, **seed} for name, row in rows.items() for seed in row))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ train_diffratio.py, two small denoisers learn the scores of p and of q with the 
 points. Then the gradient of the one and the difference of the others are compared with the truth at six noise levels
 (`error`). `fixed-point` trains a generator by the one or the other and asks where it ends.
 
-    python exercises/plane.py                                  two tables and the pictures, one seed, four minutes
+    python exercises/plane.py                                  two tables and the picture, one seed, four minutes
     python exercises/plane.py error --regimes close "few points"
-    python exercises/plane.py pictures                         draws what is there (matplotlib: `make exercises`)
+    python exercises/plane.py pictures                         the gradient fields (matplotlib: `make exercises`)
 
 A row is a line of JSON in exercises/results/plane.jsonl. A row with the same settings that is there is not run again.
 """
@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -30,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 import measure  # noqa: E402
 from machinery import training  # noqa: E402
 from machinery.files import UserError, atomic, json_lines  # noqa: E402
-from networks import Config, parameter_count, preconditioning  # noqa: E402
+from networks import Config, preconditioning  # noqa: E402
 from pretrain import denoising_loss  # noqa: E402
 from train_diffratio import generator_loss, ratio_loss  # noqa: E402
 
@@ -243,15 +242,8 @@ def train_student(o, seed, teacher):
 def measure_error(o, seed):
     """Errors of the two estimates of grad ln p/q, at points of noised q, relative to its root mean square: a row's numbers."""
     p, q = spiral(), spiral(o["turn"])
-    seen, started = known(o, seed), time.monotonic()
-    ratio = train_ratio(seen, q, o, seed)
-    middle = time.monotonic()
-    teacher = train_teacher(o, seed)
-    student = train_student(o, seed, teacher)
-    row = {"ratio_seconds": middle - started, "scores_seconds": time.monotonic() - middle,
-           "ratio_parameters": parameter_count(ratio),
-           "scores_parameters": parameter_count(teacher) + parameter_count(student)}
-    row |= {"ratio_error": [], "scores_error": []}
+    ratio, teacher = train_ratio(known(o, seed), q, o, seed), train_teacher(o, seed)
+    student, row = train_student(o, seed, teacher), {"ratio_error": [], "scores_error": []}
     for level in SIGMAS:
         rng, sigma = training.rng("cpu", "plane, test", level), torch.full((4000,), level)
         x = q.sample(4000, rng) + level * torch.randn(4000, 2, generator=rng)
@@ -282,7 +274,7 @@ class Affine(nn.Module):
 
 
 class Small(nn.Module):
-    """x = a small MLP of z."""
+    """x = z / 2 plus a small MLP of z."""
 
     def __init__(self):
         super().__init__()
@@ -320,12 +312,7 @@ def run_loop(o, seed):
         follow.step(-(there * x).sum(1))
     with torch.no_grad():
         x = generator(torch.randn(2000, 2, generator=training.rng("cpu", "plane, test")))
-        row = {f"kl_{level}": divergence(x, p, level) for level in (0.1, 0.5)}
-        if o["generator"] == "affine":
-            row |= {"mean": generator.b.tolist(), "covariance": (generator.a @ generator.a.T).tolist()}
-        elif seed == 0:  # to be drawn
-            row["points"] = [[round(v, 2) for v in point] for point in x[:300].tolist()]
-    return row
+        return {f"kl_{level}": divergence(x, p, level) for level in (0.1, 0.5)}
 
 
 def divergence(x, p, level, cells=60, edge=2.0):
@@ -337,7 +324,7 @@ def divergence(x, p, level, cells=60, edge=2.0):
     return ((log_q - p.log_density(grid, sigma)) * log_q.exp()).sum().item() * (line[1] - line[0]).item() ** 2
 
 
-# ---- Rows, tables, pictures --------------------------------------------------------------------------
+# ---- Rows, tables, the picture -----------------------------------------------------------------------
 
 
 def by_regime(rows):
@@ -364,9 +351,6 @@ def pyplot():
     return plt
 
 
-COLOURS = {"truth": "0.35", "exact": "0.35", "ratio": "C0", "scores": "C3"}
-
-
 def draw_field(folder, regime="far", levels=(0.1, 0.5, 2.0)):
     """The true gradient of ln p/q, the ratio network's and that of two scores at three noise levels; trains them first."""
     plt, o = pyplot(), {**COMMON, **REGIMES[regime]}
@@ -377,117 +361,59 @@ def draw_field(folder, regime="far", levels=(0.1, 0.5, 2.0)):
     for column, level in enumerate(levels):
         line = torch.linspace(-1.3, 1.3, 15) * (1 + 0.8 * level)
         grid, sigma = torch.cartesian_prod(line, line), torch.full((15**2,), level)
-        fields = {"truth": p.score(grid, sigma) - q.score(grid, sigma), "ratio": ratio_gradient(ratio, grid, sigma),
-                  "scores": score(teacher, grid, sigma) - score(student, grid, sigma)}
+        fields = {"true gradient": p.score(grid, sigma) - q.score(grid, sigma),
+                  "ratio network": ratio_gradient(ratio, grid, sigma),
+                  "two scores": score(teacher, grid, sigma) - score(student, grid, sigma)}
         density = p.log_density(grid, sigma).exp() + q.log_density(grid, sigma).exp()
         seen = density > 0.01 * density.max()  # elsewhere there are hardly any points
-        scale = fields["truth"][seen].norm(dim=1).quantile(0.9).item()
+        scale = fields["true gradient"][seen].norm(dim=1).quantile(0.9).item()
         axes[0, column].set_title(f"sigma = {level:g}")
-        for axis, (name, field), label in zip(axes[:, column], fields.items(), ("true gradient", "ratio network", "two scores")):
+        for axis, (label, field), colour in zip(axes[:, column], fields.items(), ("0.35", "C0", "C3")):
             arrows = field[seen] / scale
             arrows = arrows / arrows.norm(dim=1, keepdim=True).clamp(min=1.5) * 1.5  # the longest are cut
-            axis.quiver(*grid[seen].T.numpy(), *arrows.T.numpy(), color=COLOURS[name], angles="xy", scale=14, width=0.006)
+            axis.quiver(*grid[seen].T.numpy(), *arrows.T.numpy(), color=colour, angles="xy", scale=14, width=0.006)
             for mixture, marker in ((p, "k+"), (q, "kx")):
                 axis.plot(*mixture.centres.T.numpy(), marker, markersize=4, alpha=0.5)
             axis.set(xticks=[], yticks=[], aspect="equal", ylabel=label if column == 0 else "")
     save(figure, folder / "plane-field.png")
 
 
-def save(figure, path):
+def save(figure, path, dpi=75):
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as part:
-        figure.savefig(part, format="png", dpi=75)
+        figure.savefig(part, format="png", dpi=dpi)
     print(f"drew {path}")
 
 
-def draw_error(rows, folder):
-    """Error by noise level, a panel per regime, the band from the least to the largest seed."""
-    plt, regimes = pyplot(), by_regime(rows)
-    lines = -(-len(regimes) // 4)
-    figure, axes = plt.subplots(lines, 4, sharex=True, sharey=True, figsize=(11, 2.5 * lines), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(regimes) :]:
-        axis.axis("off")
-    for axis, (regime, mine) in zip(axes.flat, regimes.items()):
-        for name, label in (("ratio", "ratio"), ("scores", "two scores")):
-            values = torch.tensor([row[f"{name}_error"] for row in mine])
-            axis.fill_between(SIGMAS, values.amin(0), values.amax(0), color=COLOURS[name], alpha=0.3)
-            axis.loglog(SIGMAS, values.mean(0), color=COLOURS[name], label=label)
-        axis.axhline(1, color="0.7", linewidth=0.8)
-        axis.set_title(regime, fontsize=10)
-    axes[0, 0].legend()
-    figure.supxlabel("noise level sigma")
-    figure.supylabel("relative error of the gradient (1: no better than zero)")
-    save(figure, folder / "plane-error.png")
-
-
-def draw_loops(rows, folder):
-    """Where generators end: affine ones as ellipses, small networks as points (seed 0), over the density of p."""
-    plt, p = pyplot(), spiral()
-    line, turn = torch.linspace(-1.5, 1.5, 120), torch.linspace(0, 2 * math.pi, 100)
-    grid, circle = torch.cartesian_prod(line, line), torch.stack([turn.cos(), turn.sin()])
-    density = p.log_density(grid, torch.full((len(grid),), 0.1)).exp().view(120, 120).T
-    small = [row for row in rows if "points" in row]
-    columns = -(-(len(small) + 2) // 2)
-    figure, axes = plt.subplots(2, columns, figsize=(2.7 * columns, 5.6), squeeze=False, layout="constrained")
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[], aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
-        axis.contour(line, line, density, colors="0.6", linewidths=0.6)
-    for axis in axes.flat[len(small) + 2 :]:
-        axis.set_visible(False)
-    for axis, start in zip(axes.flat, ("affine", "aside")):
-        axis.set_title(f"{start}: one standard deviation", fontsize=9)
-        for row in rows:
-            if row["regime"].startswith(start):
-                follow = row["settings"]["follow"]
-                ring = torch.linalg.cholesky(torch.tensor(row["covariance"])) @ circle + torch.tensor(row["mean"])[:, None]
-                axis.plot(*ring, color=COLOURS[follow], linewidth=1, label=follow if row["seed"] == 0 else None)
-        if axis.lines:
-            axis.legend(fontsize=7, loc="lower right")
-    for axis, row in zip(axes.flat[2:], small):
-        axis.plot(*torch.tensor(row["points"]).T, ".", markersize=2.5, color=COLOURS[row["settings"]["follow"]])
-        axis.set_title(row["regime"], fontsize=9)
-    save(figure, folder / "plane-fixed-point.png")
-
-
-PARTS = {
-    "error": (REGIMES, COMMON, measure_error, error_table, draw_error),
-    "fixed-point": (LOOPS, LOOP, run_loop, loop_table, draw_loops),
-}
+PARTS = {"error": (REGIMES, COMMON, measure_error, error_table), "fixed-point": (LOOPS, LOOP, run_loop, loop_table)}
 
 
 def main():
     parser = training.Parser(__doc__, dict(
         seeds=(1, "seeds 0 to N - 1"),
         results=(HERE / "results" / "plane.jsonl", "the file of the rows", Path),
-        pictures=(ROOT / "assets" / "exercises", "folder for the pictures", Path)))
+        pictures=(ROOT / "assets" / "exercises", "folder for the picture", Path)))
     parser.add_argument("part", nargs="?", choices=[*PARTS, "pictures", "all"], default="all", help="what to run")
     parser.add_argument("--regimes", nargs="+", choices=[*REGIMES, *LOOPS], metavar="NAME", help="only these (default: all)")
     args = parser.parse_args()
     if args.part in ("all", "pictures"):
         pyplot()  # a missing package is told now, not after the work
-
-    wanted = {part: [] for part in PARTS}
-    for seed, (part, (table, common, run, *_)) in itertools.product(range(args.seeds), PARTS.items()):
-        for regime in table:
-            if regime not in (args.regimes or table):
-                continue
-            settings = json.loads(json.dumps({**common, **table[regime]}))  # as they are read again: tuples become lists
-            key = {"part": part, "regime": regime, "seed": seed, "settings": settings}
-            found = [row for row in json_lines(args.results, *key) if all(row[k] == v for k, v in key.items())]
-            if not found and args.part in (part, "all"):
-                print(f"{part}: {regime}, seed {seed}", flush=True)
-                found = [{**key, **run(settings, seed)}]
-                args.results.parent.mkdir(parents=True, exist_ok=True)
-                with open(args.results, "a") as file:
-                    file.write(json.dumps(found[0]) + "\n")
-            wanted[part] += found[-1:]
-    for part, (*_, show, _) in PARTS.items():
-        if args.part in (part, "all") and wanted[part]:
-            print(f"\n{part}: mean and standard deviation over {args.seeds} seed(s)\n\n{show(wanted[part])}")
+    for part, (regimes, common, run, table) in PARTS.items():
+        rows = []
+        for seed, regime in itertools.product(range(args.seeds), regimes if args.part in (part, "all") else ()):
+            if regime in (args.regimes or regimes):
+                settings = json.loads(json.dumps({**common, **regimes[regime]}))  # as they are read again: tuples become lists
+                key = {"part": part, "regime": regime, "seed": seed, "settings": settings}
+                found = [row for row in json_lines(args.results, *key) if all(row[k] == v for k, v in key.items())]
+                if not found:
+                    print(f"{part}: {regime}, seed {seed}", flush=True)
+                    found = [{**key, **run(settings, seed)}]
+                    measure.add_lines(args.results, *found)
+                rows.append(found[-1])
+        if rows:
+            print(f"\n{part}: mean and standard deviation over {args.seeds} seed(s)\n\n{table(rows)}")
     if args.part in ("all", "pictures"):
         draw_field(args.pictures)
-        for part, (*_, draw) in PARTS.items():
-            if wanted[part]:
-                draw(wanted[part], args.pictures)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,6 @@ def draw(panels, p, right, path):
         axis.plot(*p.centres.T, "k+")
         axis.plot(*x[:500].T, ".", markersize=3, alpha=0.5)
         axis.set(title=title, aspect="equal", xlim=(-1.3, right), ylim=(-1.3, 1.3), xticks=[], yticks=[])
-    path.parent.mkdir(parents=True, exist_ok=True)
     plane.save(figure, path)
     plt.close(figure)
 

@@ -6,8 +6,6 @@
     python exercises/run.py 2 --results my-runs.jsonl --mine "--divergence hellinger"          with flags of your own
     python exercises/run.py 5 --results my-runs.jsonl --predict mine.txt     a text or a file, before anything is run
     python exercises/run.py 5 --results my-runs.jsonl --submit me.json       one file to hand in
-    python exercises/run.py --list                             all exercises and their rows
-    python exercises/run.py --diff fresh-z                     a change of code, as a diff
 
 Rows without --mine run the pristine scripts (exercises/changes.py), so an edit of yours changes none of them. All start from
 assets/digits-stage1.pt. A row is a run of fixed length, in a folder of runs/exercises/RESULTS that is named by a hash of
@@ -246,10 +244,7 @@ def results(path):
 
 def by_run(found):
     """{run: its lines} of `results`."""
-    runs = {}
-    for (run, _), line in found.items():
-        runs.setdefault(run, []).append(line)
-    return runs
+    return {run: [line for (name, _), line in found.items() if name == run] for run, _ in found}
 
 
 def intervals(runs):
@@ -293,30 +288,27 @@ def judged(heading, line, expected):
 def table(exercise, rows, path, short=False):
     """The exercise's tables, of all seeds that the results file `path` holds; None if it holds none of these rows."""
     columns = {**{name: measure.COLUMNS[name] for name in SHOWN}, **EXTRA_COLUMNS.get(exercise, {})}
-    runs, own = by_run(results(path)), Path(path).resolve() != REFERENCE
+    runs, expected = by_run(results(path)), intervals(by_run(results(REFERENCE)))
     names = {name: run_name(*row_of(exercise, name, short)) for name in rows}
     names |= {f"mine {lines[0]['hash'][:6]} {lines[0]['flags']}".strip(): run
               for run, lines in runs.items() if "+mine" in run and lines[0].get("exercise") == exercise}
     found = {name: runs[run] for name, run in names.items() if run in runs}
     if not found:
         return None
-    expected, text = intervals(by_run(results(REFERENCE))), [measure.table(found, columns)]
-    if own:
-        rows = {(name, line["seed"]): {heading: judged(heading, line, expected[names[name]]) for heading in JUDGED}
-                for name in found if names[name] in expected for line in found[name]}
-        cells = [cell for row in rows.values() for cell in row.values()]
-        inside = sum(" inside " in cell for cell in cells)
-        text.append(f"{inside} of {len(cells)} cells lie inside the interval of our results, which holds 95 % of honest runs:")
-        rows = {f"{name}, seed {seed}": row for (name, seed), row in rows.items()}
-        without = [name for name in found if names[name] not in expected]
-    else:
+    known, text = [name for name in found if names[name] in expected], [measure.table(found, columns)]
+    if Path(path).resolve() == REFERENCE:
         text.append("95 % of single runs of one more seed lie in these intervals:")
-        rows = {name: {heading: between(heading, expected[names[name]]) for heading in JUDGED} for name in found}
-        without = []
-    if rows:
-        text.append("\n".join([f"| | {' | '.join(JUDGED)} |", "|---" * (len(JUDGED) + 1) + "|",
-                               *(f"| {name} | {' | '.join(row.values())} |" for name, row in rows.items())]))
-    return "\n\n".join([*text[: None if rows else 1], *([f"no reference exists for: {', '.join(without)}"] if without else [])])
+        cells = {name: [between(heading, expected[names[name]]) for heading in JUDGED] for name in known}
+    else:
+        cells = {f"{name}, seed {line['seed']}": [judged(heading, line, expected[names[name]]) for heading in JUDGED]
+                 for name in known for line in found[name]}
+        inside = [" inside " in cell for row in cells.values() for cell in row]
+        text.append(f"{sum(inside)} of {len(inside)} cells lie inside the interval of our results, which holds 95 % of honest runs:")
+    if known:
+        text.append(measure.markdown(JUDGED, cells))
+    if without := [name for name in found if name not in known]:
+        text = [*text[: None if known else 1], f"no reference exists for: {', '.join(without)}"]
+    return "\n\n".join(text)
 
 
 # ---- Predictions and submissions ---------------------------------------------------------------------
@@ -336,8 +328,7 @@ def predict(args, exercises):
     if any(line.get("exercise") in exercises for line in results(args.results).values()):
         raise UserError(f"{args.results} holds results of {' and '.join(exercises)} already; a prediction comes before them")
     text = Path(args.predict).read_text() if Path(args.predict).is_file() else args.predict
-    with open(predictions(args.results), "a") as file:
-        file.write(json.dumps(dict(exercise=args.exercise, time=now(), prediction=text.strip())) + "\n")
+    measure.add_lines(predictions(args.results), dict(exercise=args.exercise, time=now(), prediction=text.strip()))
     print(f"stored in {predictions(args.results)}; now the rows: the same command without --predict")
 
 
@@ -368,43 +359,34 @@ def main():
         short=(False, "rows of a quarter of the length, for which there is no reference"),
         predict=(None, "store this text, or this file, as your prediction and end", str),
         submit=(None, "write predictions, results with their diffs and checks, and logs to this file and end", str),
-        table=(False, "print what --results holds and run nothing"),
-        list=(False, "print all exercises with their rows"),
-        diff=(None, "print a change of code", list(changes.CHANGES))))
+        table=(False, "print what --results holds and run nothing")))
     parser.add_argument("exercise", nargs="?", choices=[*NUMBERS, *EXERCISES], metavar="EXERCISE", help="number or name")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows (default: all)")
     parser.add_argument("--mine", nargs="?", const="", metavar="FLAGS", help="run your working copy, with these flags")
     args = parser.parse_args()
-    if args.list:
-        numbers = {name: number for number, names in NUMBERS.items() for name in names.split()}
-        print("\n".join(f"{numbers[name]:>2} {name:12} {' | '.join(rows)}" for name, rows in EXERCISES.items()))
-        return
-    if args.diff:
-        print(changes.diff(*changes.changed([args.diff])))
-        return
     if not args.exercise:
         parser.error("say which exercise: a number or one of " + ", ".join(EXERCISES) + " (before --mine)")
-    names = NUMBERS.get(args.exercise, args.exercise)
-    if names.endswith(".py"):
-        parser.error(f"exercise {args.exercise} has a program of its own: python exercises/{names}")
-    known = [row for name in names.split() for row in EXERCISES[name]]
+    exercises = NUMBERS.get(args.exercise, args.exercise).split()
+    if exercises[0].endswith(".py"):
+        parser.error(f"exercise {args.exercise} has a program of its own: python exercises/{exercises[0]}")
+    known = [row for name in exercises for row in EXERCISES[name]]
     if unknown := set(args.rows or ()) - set(known):
-        parser.error(f"--rows: no row {min(unknown)!r} in {names}; there are: {' | '.join(known)}")
+        parser.error(f"--rows: no row {min(unknown)!r} in {' '.join(exercises)}; there are: {' | '.join(known)}")
     for flag in ("mine", "table", "predict", "submit", "short"):
         if getattr(args, flag) not in (None, False) and not args.results:
             parser.error(f"--{flag} needs --results, for example --results my-runs.jsonl")
-    rows = {name: [row for row in EXERCISES[name] if row in (args.rows or known)] for name in names.split()}
+    rows = {name: [row for row in EXERCISES[name] if row in (args.rows or known)] for name in exercises}
     if args.predict:
-        return predict(args, names.split())
+        return predict(args, exercises)
     if args.submit:
-        return submit(args, names.split(), rows)
+        return submit(args, exercises, rows)
     if not args.results:
         print("Reference results, nothing was run; --results my-runs.jsonl runs these rows, with --mine your working copy.")
     elif not args.table:
         run_all(args, rows)
     tables = {name: table(name, wanted, args.results or REFERENCE, args.short) for name, wanted in rows.items() if wanted}
     if not any(tables.values()):
-        raise UserError(f"{args.results} holds no results of {names}; without --table they are trained and measured")
+        raise UserError(f"{args.results} holds no results of {' '.join(exercises)}; without --table they are trained and measured")
     print("\n".join(f"\n{name}\n\n{text}" for name, text in tables.items() if text))
 
 
@@ -420,7 +402,6 @@ def run_all(args, rows):
     """Train and measure the rows {exercise: names}, or the working copy, where the results have no line of the same hash."""
     if not (WORK / STAGE1).exists():
         raise UserError(f"{STAGE1} is missing; get it from the repository")
-    Path(args.results).parent.mkdir(parents=True, exist_ok=True)
     wanted = [(exercise, name, *row_of(exercise, name, args.short)) for exercise in rows for name in rows[exercise]]
     if args.mine is not None:
         first = next(iter(rows))
@@ -446,8 +427,7 @@ def run_all(args, rows):
             measures = measures or measure.Measures("digits", WORK / STAGE1)
             line = dict(run=run, seed=seed, hash=now_hash, exercise=exercise, flags=flags, folder=str(folder.relative_to(WORK)),
                         **measured(folder, flags, measures, seed), time=now(), seconds=round(time.monotonic() - start), **own)
-            with open(args.results, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            measure.add_lines(args.results, line)
             print(f"--- {name}, seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
 
 

@@ -1,16 +1,11 @@
 """Warm-ups: what can be seen of the method in seconds, without training.
 
-`wrong-loss` and `realism` are closed forms and need nothing. `log`, `calibration` and `reliability` read the generator and
-the ratio network in assets/. `one-step`, `price` and `two-steps` also need the stage-1 network of `make demo`. Each prints a
-table; exercises/00-warm-ups.md says what to expect.
+`wrong-loss` is a closed form. `log`, `calibration` and `reliability` read the generator and the ratio network in assets/.
+`one-step` and `price` also need the stage-1 network of `make demo`. exercises/00-warm-ups.md says what to expect.
 
-    python exercises/warmups.py                        the first five, less than a minute
-    python exercises/warmups.py all                    all eight, two to three minutes
-    python exercises/warmups.py wrong-loss realism
+    python exercises/warmups.py                        the first four, less than a minute
+    python exercises/warmups.py all --seeds 3          all six; the seeds are those of the noise, never of a training
     python exercises/warmups.py log --log runs/digits/dijs/log.jsonl
-    python exercises/warmups.py one-step --seeds 3
-
-The seeds are those of the noise, never of a training.
 """
 
 import functools
@@ -25,6 +20,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
+import check  # noqa: E402
 import measure  # noqa: E402
 import sample  # noqa: E402
 from machinery import checkpoints, data, training  # noqa: E402
@@ -36,13 +32,6 @@ from train_diffratio import DIVERGENCES  # noqa: E402
 
 GRID = torch.linspace(-12, 12, 20001, dtype=torch.float64)
 THETA, STD_P = 0.7, 1.5
-F_OF_U = {  # D_f(q || p) = E_p[f(u)] with u = q/p
-    "dijs": lambda u: 0.5 * (u * u.log() - (u + 1) * ((u + 1) / 2).log()),
-    "dikl": lambda u: u * u.log(),
-    "dirm": lambda u: (1 + u) * (1 + u).log() - u,
-    "fkl": lambda u: -u.log(),
-}
-
 
 def log_normal(x, mean, std):
     return -((x - mean) ** 2) / (2 * std**2) - math.log(std * math.sqrt(2 * math.pi))
@@ -67,23 +56,11 @@ def pathwise_gradient(loss):
 def wrong_loss(seed):
     """The loss of a sample: f'(u), or f(u)/u, whose mean is the divergence as well?"""
     rows = []
-    for name, f in F_OF_U.items():
+    for name, loss in DIVERGENCES.items():
+        f = check.F_OF_U[name]  # of u = q/p: D_f(q || p) = E_p[f(u)]
         wrong = pathwise_gradient(lambda h: f((-h).exp()) / (-h).exp())
-        right, exact = pathwise_gradient(DIVERGENCES[name]), exact_gradient(f)
+        right, exact = pathwise_gradient(loss), exact_gradient(f)
         rows.append({"divergence": name, "f(u)/u": wrong, "f'(u)": right, "d/dtheta of the divergence": exact})
-    return rows
-
-
-def realism(seed):
-    """DiRM's f is convex with f'' = 1/(1 + u), and its divergence is 2 KL((p + q)/2 || p) + 2 ln 2 - 1."""
-    rows = []
-    for mean, std in [(0.0, STD_P), (THETA, 1.0), (2.0, 0.5), (-2.0, 1.2)]:
-        log_p, log_q = log_normal(GRID, 0, STD_P), log_normal(GRID, mean, std)
-        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-        value = torch.trapezoid(log_p.exp() * F_OF_U["dirm"]((log_q - log_p).exp()), GRID).item()
-        kl = torch.trapezoid(log_m.exp() * (log_m - log_p), GRID).item()
-        expected = 2 * kl + 2 * math.log(2) - 1
-        rows.append({"q": f"N({mean:g}, {std:g}^2)", "E_p[f(q/p)]": value, "2 KL(m, p) + 2 ln 2 - 1": expected})
     return rows
 
 
@@ -182,18 +159,10 @@ def reliability(seed, noises, bins=(0.0, 0.45, 0.48, 0.5, 0.52, 0.55, 1.0)):
 STAGE1 = ROOT / "runs" / "digits" / "pretrain" / "network.pt"
 
 
-class Distances:
-    """`distances(x)` of images [n, 1, 8, 8] is {features: Fréchet distance from the digits}."""
-
-    def __init__(self, stage1):
-        if not Path(stage1).exists():
-            raise UserError(f"{stage1} is missing: run `make demo` first, or `python pretrain.py`, or give --pretrained PATH")
-        self.measures = measure.Measures("digits", stage1)
-        self.net = checkpoints.load_network(stage1, role="denoiser")
-
-    def __call__(self, x):
-        images, names = data.to_uint8(x), {"classifier": "classifier", "stage1": "stage 1"}
-        return {names[view]: self.measures.distance(view, self.measures.features(view, images)) for view in self.measures.views}
+def distances(measures, x):
+    """{features: Fréchet distance of images x [n, 1, 8, 8] from the digits}."""
+    names = {"FD (classifier)": "classifier", "FD (stage 1)": "stage1"}
+    return {name: measures.distance(view, measures.features(view, data.to_uint8(x))) for name, view in names.items()}
 
 
 def noise(seed, n=898):
@@ -202,76 +171,59 @@ def noise(seed, n=898):
 
 
 @torch.no_grad()
-def one_step(seed, distances):
+def one_step(seed, net, measures):
     """One step of the untrained network, D(t z; t): which t is the best start, and is it the paper's 2.5?"""
     levels = (0.3, 0.5, 0.7, 1.0, 1.5, 2.5, 5.0, 20.0, 80.0)
-    return [{"t": t, **distances(sample.one_step(distances.net, noise(seed), None, t))} for t in levels]
+    return [{"t": t, **distances(measures, sample.one_step(net, noise(seed), None, t))} for t in levels]
 
 
-def price(seed, distances):
+def price(seed, net, measures):
     """Heun with few steps against one step of the generator in assets/."""
-    z, rows = noise(seed), []
-    for steps in (3, 5, 9, 18):
-        found = distances(sample.heun(distances.net, z, steps=steps))
-        rows.append({"sampler": f"Heun, {steps} steps", "evaluations": 2 * steps - 1, **found})
-    return rows + [{"sampler": "one step, after stage 2", "evaluations": 1, **distances(fresh_samples(seed, len(z)))}]
+    z = noise(seed)
+    drawn = {f"Heun, {steps} steps": (2 * steps - 1, sample.heun(net, z, steps=steps)) for steps in (3, 5, 9, 18)}
+    drawn["one step, after stage 2"] = 1, fresh_samples(seed, len(z))
+    return [{"sampler": name, "evaluations": float(cost), **distances(measures, x)} for name, (cost, x) in drawn.items()]
 
 
-@torch.no_grad()
-def two_steps(seed, distances):
-    """Denoise at t, noise again to s, denoise at s: a sample in two evaluations of stage 1, without stage 2."""
-    rows = []
-    for t in (80.0, 2.5):
-        first = sample.one_step(distances.net, noise(seed), None, t)
-        eps = torch.randn(first.shape, generator=training.rng("cpu", seed, "second step"))
-        for s in (0.2, 0.35, 0.5, 0.7, 1.0):
-            rows.append({"t": t, "then s": s, **distances(distances.net(first + s * eps, torch.full((len(first),), s)))})
-    return rows
-
-
-CLOSED = {"wrong-loss": wrong_loss, "realism": realism}
+CLOSED = {"wrong-loss": wrong_loss}
 READING = {"log": read_log, "calibration": calibration, "reliability": reliability}
-SAMPLING = {"one-step": one_step, "price": price, "two-steps": two_steps}
+SAMPLING = {"one-step": one_step, "price": price}
 
 
 def table(seeds):
-    """The rows of each seed as one table in Markdown: mean, and standard deviation where seeds differ."""
-    def show(values):
-        if not isinstance(values[0], float):
-            return str(values[0])
-        return f"{np.mean(values):.4g}" + (f" ± {np.std(values, ddof=1):.2g}" if len(set(values)) > 1 else "")
-
-    names = [f"FD ({key})" if key in ("classifier", "stage 1") else key for key in seeds[0][0]]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for same in zip(*seeds):
-        lines.append(f"| {' | '.join(show([row[key] for row in same]) for key in same[0])} |")
-    return "\n".join(lines)
+    """The rows of each seed as one table in Markdown. The first value of a row is its name."""
+    rows = {" ".join(map(str, next(iter(same[0].items())))): same for same in zip(*seeds)}
+    headings = list(seeds[0][0])[1:]
+    return measure.table(rows, {heading: (lambda row, key=heading: row[key], "{:.4g}") for heading in headings})
 
 
 def main():
+    every = {**CLOSED, **READING, **SAMPLING}
     parser = training.Parser(__doc__, dict(
         seeds=(1, "seeds of the noise, 0 to N - 1"),
         noises=(10, f"draws of noise per image: {', '.join(READING)}"),
         log=(None, "a log.jsonl of stage 2, to print beside the table `log`", str),
-        pretrained=(str(STAGE1), "the stage-1 network of the last three"),
+        pretrained=(str(STAGE1), "the stage-1 network of the last two"),
         json=(None, "append a line of JSON per row to this file", str)))
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of {', '.join([*CLOSED, *READING, *SAMPLING])}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of {', '.join(every)}")
     args = parser.parse_args()
-    every = {**CLOSED, **READING, **SAMPLING}
     names = list(every if "all" in args.names else args.names or {**CLOSED, **READING})
     if unknown := set(names) - set(every):
         parser.error(f"{min(unknown)}: unknown; choose among all, {', '.join(every)}")
-    distances = Distances(args.pretrained) if set(names) & set(SAMPLING) else None
+    of_stage1 = {}
+    if set(names) & set(SAMPLING):
+        if not Path(args.pretrained).exists():
+            raise UserError(f"{args.pretrained} is missing: run `make demo` first, or give --pretrained PATH")
+        of_stage1 = dict(measures=measure.Measures("digits", args.pretrained),
+                         net=checkpoints.load_network(args.pretrained, role="denoiser"))
     for name in names:
-        extra = {"noises": args.noises} if name in READING else {"distances": distances} if name in SAMPLING else {}
+        extra = {"noises": args.noises} if name in READING else of_stage1 if name in SAMPLING else {}
         if name == "log":
             extra["log"] = args.log
         seeds = [every[name](seed, **extra) for seed in range(1 if name in CLOSED else args.seeds)]
         print(f"\n{name}: {every[name].__doc__.strip().splitlines()[0]}\n\n{table(seeds)}", flush=True)
         if args.json:
-            with open(args.json, "a") as file:
-                for seed, rows in enumerate(seeds):
-                    file.writelines(json.dumps({"exercise": name, "seed": seed, **row}) + "\n" for row in rows)
+            measure.add_lines(args.json, *({"exercise": name, "seed": i, **row} for i, rows in enumerate(seeds) for row in rows))
 
 
 if __name__ == "__main__":

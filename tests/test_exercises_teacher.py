@@ -126,31 +126,31 @@ def test_the_verifier_chooses_what_sample_chooses():
 def test_verifier_measures_and_continues(call, refused, tiny, tmp_path, monkeypatch, capsys):
     classifier, results = verifier.measure.classifier, tmp_path / "r.jsonl"
     monkeypatch.setattr(classifier, "load", lambda dataset, device: classifier.Classifier(1, 8, 10).eval().requires_grad_(False))
-    for name, value in dict(CANDIDATES=(1, 2), SIGMAS=(0.5,), CHECK_IMAGES=50).items():
-        monkeypatch.setattr(verifier, name, value)
-    args = ["--pretrained", tiny, "--samples", "32", "--pool", "80", "--steps", "2", "--results", results, "--recipes", "blind"]
+    monkeypatch.setattr(verifier, "CANDIDATES", (1, 2))
+    monkeypatch.setattr(verifier, "SIGMAS", (0.5,))
+    monkeypatch.setitem(verifier.DATA, "digits", dict(pool=80, steps=2))
+    args = ["--pretrained", tiny, "--samples", "32", "--results", results, "--recipes", "blind"]
 
     def run(*more):
         torch.manual_seed(0)  # of the classifier above
         call(verifier, *args, *more)
         return results.read_text()
 
-    text = run("averaged weights", "--outdir", tmp_path)
+    text = run("trained on")
     rows = [json.loads(line) for line in text.splitlines()]
-    assert [(row["recipe"], row["k"]) for row in rows] == [(name, k) for name in ("blind", "averaged weights") for k in (1, 2)]
+    assert [(row["recipe"], row["k"]) for row in rows] == [(name, k) for name in ("blind", "trained on") for k in (1, 2)]
     assert all(row["fd_classifier"] > 0 and row["fd_stage1"] > 0 and 1 <= row["ess"] <= 2 for row in rows)
     assert rows[0]["loss"] == pytest.approx(math.log(2)) and (rows[0]["ess"], rows[1]["ess"]) == (1, 2)
     results.unlink()
-    assert run("--outdir", tmp_path / "none").splitlines() == text.splitlines()[:2]
-    assert not (tmp_path / "none").exists()  # a blind choice trains nothing
-    assert run("averaged weights", "--outdir", tmp_path) == text and "| averaged weights, at 0.5 |" in capsys.readouterr().out
-    other = tmp_path / "other.pt"  # lines and networks belong to networks, by their content, and to settings
+    with monkeypatch.context() as patch:
+        patch.setattr(verifier, "train_on", None)  # a blind choice trains nothing
+        assert run().splitlines() == text.splitlines()[:2]
+    assert run("trained on") == text and "| trained on, at 0.5 |" in capsys.readouterr().out
+    other = tmp_path / "other.pt"  # lines belong to networks, by their content, and to settings
     net = checkpoints.load_network(sample.DIGITS)
     checkpoints.save_network(other, net, **net.about | {"t_init": 1.0})
-    for flags in (["--network", other], ["--ratio", other], ["--steps", "3"], ["--samples", "33"], ["--pool", "81"]):
+    for flags in (["--network", other], ["--ratio", other], ["--samples", "33"]):
         assert "give another --results" in refused(verifier, *args, *flags)
-    new = ["averaged weights", "--outdir", tmp_path, "--network", other, "--results", tmp_path / "new" / "s.jsonl"]
-    assert "give another --outdir" in refused(verifier, *args, *new)
     results.write_text(text[:-20])
     assert "r.jsonl: not a file of results" in refused(verifier, *args)
     network, ratio = (ROOT / "assets" / f"fashion-mnist{end}.pt" for end in ("", "-ratio"))
@@ -164,7 +164,7 @@ def test_verifier_measures_and_continues(call, refused, tiny, tmp_path, monkeypa
 def test_the_verifier_finds_its_networks_in_assets(call, tmp_path, monkeypatch, name):
     """With no flag but --data; of Fashion-MNIST the stage-1 network too."""
     roles, found = ["generator", "ratio", *["denoiser"] * (name == "fashion-mnist")], []
-    monkeypatch.setattr(verifier, "sweep", lambda args, seed, *_: found.extend([*verifier.networks_of(args, seed), args.pretrained]) or ())
+    monkeypatch.setattr(verifier, "sweep", lambda args, _, *paths: found.extend([*paths[:2], args.pretrained]) or ())
     call(verifier, "--data", name, "--results", tmp_path / "r.jsonl")
     for path, role in zip(found, roles):
         net = checkpoints.load_network(path, role=role)
