@@ -33,8 +33,6 @@ def read_data(path):
     dataset = data.load(path, cache=path.parent / "cache")
     dataset.batch([0])
     dataset.fingerprint()
-    if dataset.label_error:
-        dataset.require_labels()
 
 
 def intact_files(folder):
