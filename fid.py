@@ -193,7 +193,7 @@ def network_features(rt, path):
     def function(images):
         x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
         sigma = torch.full((len(x),), NETWORK_SIGMA, device=x.device)
-        return net.features(x, sigma).float().mean(dim=(2, 3)), None
+        return net.backbone.features(x, sigma).float().mean(dim=(2, 3)), None
 
     tag = f"network sha256:{files.file_hash(path)[:16]}"
     dim = config.model_channels * config.channel_mult[-1]

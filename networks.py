@@ -48,23 +48,11 @@ class Config:
     def __post_init__(self):
         for name in ("channel_mult", "attn_resolutions"):  # lists in files
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        arch, kind, size = self.architecture, self.preconditioning, self.img_resolution
-        if arch not in ("ddpmpp", "ncsnpp", "adm", "edm2"):
-            raise ConfigError(f"unknown architecture {arch!r}; known: ddpmpp, ncsnpp, adm, edm2")
-        if kind not in ("edm", "vp", "ve"):
-            raise ConfigError(f"unknown preconditioning {kind!r}; known: edm, vp, ve")
-        sizes = (size, self.img_channels, self.model_channels, self.num_blocks, *self.channel_mult)
-        rest = self.label_dim >= 0 and 0 <= self.dropout < 1 and 0 < self.sigma_data < math.inf
-        if not self.channel_mult or min(sizes) < 1 or not rest:
-            raise ConfigError(f"sizes and sigma_data must be positive, dropout in [0, 1): {self}")
-        if self.model_channels % 4:
-            raise ConfigError(f"model_channels must be a multiple of 4, not {self.model_channels}")
-        halvings = len(self.channel_mult) - 1
-        if size % 2**halvings:
+        size, levels = self.img_resolution, len(self.channel_mult)
+        if size % 2 ** (levels - 1):
             raise ConfigError(
-                f"images of {size}x{size} cannot be halved {halvings} times, as a network with "
-                f"{halvings + 1} levels does; resize them to a multiple of {2**halvings}"
-            )
+                f"images of {size}x{size} cannot be halved {levels - 1} times, as a network with "
+                f"{levels} levels does; resize them to a multiple of {2 ** (levels - 1)}")
 
 
 NETWORKS = {  # in the order of Config's fields, up to dropout
@@ -488,8 +476,8 @@ class UNet(nn.Module):
 
     def features(self, x, sigma, labels=None):
         """The encoder's last output for x at noise level sigma, [N, C', H', W']."""
-        config, sigma = self.config, sigma.float()
-        _, _, c_in, c_noise = preconditioning(config.preconditioning, sigma, config.sigma_data)
+        _, _, c_in, c_noise = preconditioning(
+            self.config.preconditioning, sigma.float(), self.config.sigma_data)
         x = c_in[:, None, None, None] * x.float().contiguous()
         return self.encode(x, self.embed(c_noise, labels))[-1]
 
@@ -518,13 +506,8 @@ class Denoiser(nn.Module):
         """Noised images x [N, C, H, W], sigma [N], labels [N] or None -> denoised, as x."""
         x = x.float().contiguous()  # the weights decide the memory format, not the images
         c_skip, c_out, c_in, c_noise = preconditioning(
-            self.config.preconditioning, sigma.float()[:, None, None, None], self.config.sigma_data
-        )
+            self.config.preconditioning, sigma.float()[:, None, None, None], self.config.sigma_data)
         return c_skip * x + c_out * self.backbone(c_in * x, c_noise.flatten(), labels).float()
-
-    def features(self, x, sigma, labels=None):
-        """The encoder's last output, [N, C', H', W']."""
-        return self.backbone.features(x, sigma, labels)
 
     def logvar(self, sigma):
         """EDM2's learned log variance u(sigma) of the denoising error, [N]; EDM2, Equation 21."""
