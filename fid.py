@@ -169,7 +169,7 @@ def inception(rt, path=None):
     if not path and not file.exists():
         files.download(url, file, "sha256", INCEPTION_HASH)
     with files.reading(file, "the weights of Inception v3", f"get {url}"):
-        net = Inception(files.load_plain(file, "a file of weights"), rt.device)
+        net = Inception(files.load_plain(file), rt.device)
         net(torch.zeros(1, 3, 299, 299, device=rt.device))  # fails where weights do not fit
         found = files.file_hash(file)
     tag = INCEPTION_TAG if found.startswith(INCEPTION_HASH) else f"inception sha256:{found[:16]}"
@@ -290,8 +290,9 @@ def measure(extractor, read, n, rt, batch=64, name="samples"):
             log_p = logits.double().log_softmax(dim=1)
             sums["p"].index_add_(0, split[i:j], log_p.exp())
             sums["p_log_p"].index_add_(0, split[i:j], (log_p.exp() * log_p).sum(dim=1))
-        if rt.is_main:
-            files.status(f"{name}: {j} of {n}", "\n" * (i + rt.world_size * batch >= n))
+        if rt.is_main and sys.stderr.isatty():  # one line that is overwritten
+            end = "\r" if i + rt.world_size * batch < n else "\n"
+            print(f"{name}: {j} of {n}", end=end, file=sys.stderr, flush=True)
     sums = {key: rt.sum(value).cpu() for key, value in sums.items()}
 
     mu = sums["x"] / n

@@ -1,7 +1,6 @@
 """Network files: this project's, and published pickles of EDM and EDM2, of which nothing is run."""
 
 import dataclasses
-import re
 
 import torch
 
@@ -49,11 +48,8 @@ def load_network(path, role=None):
 def _read(path):
     """(config, about, state dict) of a network file."""
     with open(path, "rb") as file:
-        start = file.read(1000)
-    if start[:1] == b"\x80":
-        return _published(read_pickle(path))
-    if re.search(b"torch_utils|dnnlib", start):
-        raise UserError("a training state of EDM; give the network-snapshot-*.pkl beside it")
+        if file.read(1) == b"\x80":
+            return _published(read_pickle(path))
     data = load_checkpoint(path)
     if data["kind"] != NETWORK_KIND:
         raise UserError(f"a {data['kind']}, not a network; give the network.pt beside it")
@@ -83,9 +79,8 @@ def _published(data):
     """(config, about, state dict) of an EDM or EDM2 pickle."""
     net = data.get("ema") if isinstance(data, dict) else None
     if not isinstance(net, Stub):
-        holds = ", ".join(map(str, data)) if isinstance(data, dict) else type(data).__name__
-        raise UserError(f"a pickle of {holds}, without a network named ema; "
-                        "give a network-snapshot-*.pkl of EDM or EDM2")
+        raise UserError("a pickle without a network named ema; give a network-snapshot-*.pkl of "
+                        "EDM or EDM2")
     state, modules = {}, [("", net)]
     for prefix, module in modules:  # grows as it goes
         attributes = module.args[0]["state"] if module.args else module.state

@@ -114,23 +114,22 @@ def save_checkpoint(data, path):
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
-def load_plain(path, what, remedy="get it again", mmap=False):
+def load_plain(path, mmap=False):
     """Read a file of tensors and plain data to the CPU. mmap: processes share the tensors."""
-    with reading(path, what, remedy):
-        if zipfile.is_zipfile(path):  # torch's format, of which torch ignores the check sums
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"check sum of {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    if zipfile.is_zipfile(path):  # torch's format, of which torch ignores the check sums
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"check sum of {damaged}")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def load_checkpoint(path, mmap=False):
-    """Read what `save_checkpoint` wrote, to the CPU."""
+    """Read what `save_checkpoint` wrote, to the CPU: a dict with a `kind`."""
     what, remedy = "a checkpoint of this project", "restore a copy, or delete it and train again"
-    data = load_plain(path, what, remedy, mmap)
-    if not isinstance(data, dict) or "kind" not in data:
-        raise UserError(f"{path}: not {what}; give another file")
-    return data
+    with reading(path, what, remedy):
+        data = load_plain(path, mmap)
+        data["kind"]  # fails for other files
+        return data
 
 
 class Stub(dict):
@@ -198,12 +197,6 @@ def json_lines(path, *keys):
         if not all(row.keys() >= set(keys) for row in rows):
             raise ValueError("lines of another program")
         return rows
-
-
-def status(text, end=""):
-    """Show `text` in place of the status before, on a terminal."""
-    if sys.stderr.isatty():
-        print(f"\r{text}", end=end, file=sys.stderr, flush=True)
 
 
 def cache_dir():
