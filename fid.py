@@ -49,7 +49,6 @@ SETTINGS = dict(  # of FID during training
 # --------------------------------------------------------------------------------------------------
 # Inception v3 as in TensorFlow's graph of 2015-12-05 (arXiv 1512.00567).
 
-
 # Blocks of branches that read the same input. A word is a pooling or a convolution, /2 its stride.
 A = ["branch1x1", "branch5x5_1 branch5x5_2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3",
      "average branch_pool"]
@@ -221,11 +220,11 @@ class Statistics:
 
     def __post_init__(self):
         self.mu, self.sigma = self.mu.astype(np.float64), self.sigma.astype(np.float64)
-        d = self.mu.shape
-        if self.sigma.ndim != 2 or self.sigma.shape != 2 * d or not np.isfinite(self.sigma).all():
-            raise UserError(f"{self.name}: expected finite mu [d] and sigma [d, d]; get them again")
-        if self.rows is not None and self.rows.shape[1:] != d:
-            raise UserError(f"{self.name}: expected rows [m, {d[0]}]; get them again")
+        d, rows = self.mu.shape, self.rows
+        fit = self.sigma.shape == 2 * d and (rows is None or rows.shape[1:] == d)
+        if not fit or not np.isfinite(self.sigma).all():
+            raise UserError(f"{self.name}: expected mu [d], finite sigma [d, d] and rows [m, d]; "
+                            "get them again")
 
     @classmethod
     def of(cls, features, tag):
@@ -297,8 +296,8 @@ def measure(extractor, read, n, rt, batch=64, name="samples"):
 
     mu = sums["x"] / n
     sigma = (sums["xx"] - n * mu.outer(mu)) / (n - 1)
-    rows = sums["rows"].numpy()
-    statistics = Statistics(mu.numpy(), sigma.numpy(), extractor.tag, n, name, rows)
+    arrays = [x.numpy() for x in (mu, sigma, sums["rows"])]
+    statistics = Statistics(*arrays[:2], extractor.tag, n, name, arrays[2])
     count = split.cpu().bincount()
     p = sums["p"] / count[:, None]
     score = (sums["p_log_p"] / count - torch.special.xlogy(p, p).sum(dim=1)).exp()
@@ -329,19 +328,15 @@ def reference_statistics(extractor, dataset, rt, batch=64):
 
 def check_images(extractor, *datasets):
     """Raise unless all hold two images or more, of one size that `extractor` reads."""
+    size = datasets[0].resolution
     for d in datasets:
-        shape, first = d.images.shape[1:], datasets[0]
-        if d.is_latent:
-            raise UserError(f"{d.name}: holds latents; FID needs images, so decode them first")
-        if len(d) < 2:
-            raise UserError(f"{d.name}: has 1 image; a covariance needs at least 2")
-        if d.resolution != first.resolution:
-            raise UserError(f"different sizes: {d.name} has {d.resolution}x{d.resolution} pixels, "
-                            f"{first.name} has {first.resolution}x{first.resolution}; "
-                            "give --resolution N")
-        if extractor.shape not in (None, shape):
-            raise UserError(f"{d.name}: images [H, W, C] {list(shape)}, but {extractor.name} is "
-                            f"for {list(extractor.shape)}; use another network")
+        if d.is_latent or len(d) < 2:
+            raise UserError(f"{d.name}: FID needs two images or more, and no latents")
+        wanted = extractor.shape or (size, size, d.channels)
+        if d.images.shape[1:] != wanted:
+            raise UserError(f"{d.name}: images [H, W, C] {list(d.images.shape[1:])}, but the other "
+                            f"side or {extractor.name} has {list(wanted)}; give --resolution N "
+                            "or use another network")
 
 
 def split_half(n, seed=0):
@@ -402,8 +397,6 @@ def precision_recall(reference, samples, k=3):
     Around each point lies a ball that reaches to the k-th nearest other point of its set. Precision
     is the share of samples in a ball of the reference, recall the other way round.
     """
-    if min(len(reference), len(samples)) <= k:
-        raise UserError(f"precision and recall with k = {k} need at least {k + 1} images per side")
 
     def share(x, y):
         """Share of the points x that lie in a ball of y."""
@@ -500,9 +493,9 @@ def main():
     if sets:  # two files of statistics need no network
         extractor = load_extractor(rt, args.features, args.inception)
         check_images(extractor, *sets)
-    for side in sides:
-        if sets and isinstance(side, Statistics):
-            side.check(extractor.tag, extractor.dim, extractor.name)
+        for side in sides:
+            if side not in sets:
+                side.check(extractor.tag, extractor.dim, extractor.name)
 
     def measured(name, side):
         """(`Statistics`, Inception Score or None) of one side."""

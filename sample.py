@@ -177,9 +177,9 @@ def latent_decoder(device, vae=VAE):
 def load_ratio(path, net, network):
     """The ratio network of a file, if it was trained with `net`, the generator of `network`."""
     ratio = checkpoints.load_network(path, role="ratio")
-    a, b = ({**vars(each.config), **each.about} for each in (ratio, net))
-    keys = ("img_resolution", "img_channels", "label_dim", "nimg", "divergence")
-    if any(a.get(key) != b.get(key) for key in keys):
+    a, b = ((each.config, each.about.get("nimg"), each.about.get("divergence"))
+            for each in (ratio, net))
+    if a != b:
         raise UserError(f"{path} was not trained with {network}; give the ratio.pt beside it")
     return ratio
 
