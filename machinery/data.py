@@ -227,12 +227,12 @@ def _check(images):
     shape, dtype = images.shape, images.dtype
     if 0 in shape:
         raise UserError("holds no images; give others")
-    if dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3):
-        if shape[1] != shape[2]:
-            raise UserError(f"{shape[2]}x{shape[1]} pixels, but networks need squares; {RESIZE}")
-    elif dtype != np.float32 or len(shape) != 4 or shape[1] != 8 or shape[2] != shape[3]:
-        raise UserError(f"{dtype} {list(shape)}; expected images, uint8 [N, H, W, 1 or 3], "
-                        "or latents, float32 [N, 8, h, h]")
+    fits = len(shape) == 4 and (
+        dtype == np.uint8 and shape[1] == shape[2] and shape[3] in (1, 3)
+        or dtype == np.float32 and shape[1] == 8 and shape[2] == shape[3])
+    if not fits:
+        raise UserError(f"{dtype} {list(shape)}; expected square images, uint8 [N, H, H, 1 or 3], "
+                        f"or latents, float32 [N, 8, h, h]; {RESIZE}")
     return images
 
 
@@ -294,15 +294,12 @@ def _load_files(path, names, cache, resolution):
     if not files or images and latents:
         raise UserError(f"{len(images)} images ({' '.join(SUFFIXES)}) and {len(latents)} latents "
                         "(.npy) in it; give one kind")
-    if latents and resolution:
-        raise UserError("latents cannot be resized; leave out --resolution")
 
     def read(name):
         return archive.read(name) if archive else (path / name).read_bytes()
 
     def parse(name, parser):
-        kind = "an image" if images else "a latent"
-        with reading(f"{path}/{name}", kind, "replace it or remove it"):
+        with reading(f"{path}/{name}", "an image or latent", "replace it or remove it"):
             return parser(io.BytesIO(read(name)))
 
     def decode(file):
@@ -421,10 +418,10 @@ def write_images(batches, out):
     if out.is_file() or out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: exists already; give a new folder, or remove this one")
     with atomic(out) as part:
-        part.mkdir()
+        (part / "images").mkdir(parents=True)
         for images, labels in batches:
             for i, image in enumerate(images):
-                name = f"img{len(table):08d}.png"
+                name = f"images/{len(table):08d}.png"
                 _to_pillow(image).save(part / name)
                 table.append((name, None if labels is None else int(labels[i])))
         if labels is not None:
