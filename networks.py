@@ -7,9 +7,6 @@ Four architectures, with the names and shapes of weights of the published checkp
     adm      ADM (arXiv 2105.05233) as EDM trained it: ImageNet 64x64
     edm2     EDM2 (arXiv 2312.02696), configuration G: ImageNet 512x512 latents
 
-They share the class `UNet`. `Denoiser` is a U-Net with preconditioning. `RatioNetwork` is a U-Net's
-encoder with the same preconditioning and a head that returns one logit.
-
 Shapes: x [N, C, H, W] float32, sigma [N] (standard deviation of the noise, for data scaled to
 [-1, 1]), labels [N] int64 or None.
 """
@@ -207,7 +204,7 @@ class NoiseEmbedding(nn.Module):
 class EDMBlock(nn.Module):
     """Residual block: x [N, cin, H, W], emb [N, 4 model_channels] -> [N, cout, H', W'].
 
-    mode: "keep", "down" or "up", as in `resample`. decoder: for EDM2; makes no difference here.
+    mode: as in `resample`. decoder: makes a difference only in EDM2.
     """
 
     def __init__(self, config, cin, cout, mode="keep", attend=False, decoder=False):
@@ -299,7 +296,7 @@ class MPFourier(nn.Module):
 
 
 class EDM2Block(nn.Module):
-    """Residual block of EDM2, arguments as in `EDMBlock`. emb has the width of the widest level."""
+    """Residual block of EDM2, as `EDMBlock`; emb is as wide as the widest level."""
 
     def __init__(self, config, cin, cout, mode="keep", attend=False, decoder=False):
         super().__init__()
@@ -520,8 +517,7 @@ class RatioNetwork(nn.Module):
 
     sigmoid(h) is the probability that x is noised data rather than a noised sample. The network is
     the denoiser's encoder and a head: GroupNorm, SiLU, the mean over positions and a linear layer
-    that starts at zero. (The paper, arXiv 2502.08005, says "U-Net encoder + sigmoid" and leaves the
-    head open; this one is our choice.)
+    that starts at zero. (The paper leaves the head open: "U-Net encoder + sigmoid".)
     """
 
     def __init__(self, config):
@@ -551,8 +547,8 @@ class RatioNetwork(nn.Module):
 def memory_format(config, device_type, compiled=False):
     """The memory format in which a network of this configuration is fastest.
 
-    It is channels-last, except with GroupNorm on GPUs: that kernel takes only NCHW, so activations
-    would be copied before and after each norm. EDM2 has no norms; the compiler writes its own.
+    Channels-last, except with GroupNorm on GPUs: that kernel takes only NCHW, so each norm would
+    copy activations. EDM2 has no norms; the compiler writes its own.
     """
     channels_last = compiled or device_type == "cpu" or config.architecture == "edm2"
     return torch.channels_last if channels_last else torch.contiguous_format
@@ -570,8 +566,7 @@ def place(net, device, compiled=False):
 def update_ema(ema, net, batch, halflife, nimg=math.inf):
     """Update `ema`, the exponential moving average of the weights, after a step of `batch` images.
 
-    halflife: in images. It is limited to 5 % of the `nimg` images seen so far, as in EDM, so that
-    the first weights fade quickly.
+    halflife: in images; at most 5 % of the `nimg` images seen so far, as in EDM.
     """
     beta = 0.5 ** (batch / max(min(halflife, 0.05 * nimg), 1e-8))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
