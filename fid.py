@@ -326,12 +326,16 @@ def reference_statistics(extractor, dataset, rt, batch=64):
     return dataclasses.replace(statistics, name=dataset.name)
 
 
-def check_images(extractor, *datasets):
-    """Raise unless all hold two images or more, of one size that `extractor` reads."""
-    size = datasets[0].resolution
-    for d in datasets:
+def check_images(extractor, *sides):
+    """Raise unless data sets and `Statistics` fit each other and `extractor`."""
+    sets = [side for side in sides if isinstance(side, data.Dataset)]
+    for side in sides:
+        if side not in sets:
+            side.check(extractor.tag, extractor.dim, extractor.name)
+    for d in sets:
         if d.is_latent or len(d) < 2:
             raise UserError(f"{d.name}: FID needs two images or more, and no latents")
+        size = sets[0].resolution
         wanted = extractor.shape or (size, size, d.channels)
         if d.images.shape[1:] != wanted:
             raise UserError(f"{d.name}: images [H, W, C] {list(d.images.shape[1:])}, but the other "
@@ -436,19 +440,17 @@ def training_fid(args, dataset, run, net, write_networks):
     """
     if not args.fid_every:
         return lambda: None
-    rt, reference = run.rt, dataset
+    rt, reference, decode = run.rt, dataset, data.to_uint8
     extractor = load_extractor(rt, args.fid_features, args.inception)
     if args.fid_reference:
         reference = rt.main_first(lambda: open_side(args.fid_reference, args.resolution))
-    decode, size, channels = data.to_uint8, dataset.resolution, dataset.channels
     if dataset.is_latent:
-        decode, size, channels = sample.latent_decoder(rt.device), 8 * size, 3
-    sets = [data.Dataset("the generator", np.zeros((2, size, size, channels), np.uint8))]
+        decode = sample.latent_decoder(rt.device)
+        check_images(extractor, reference)
+    else:  # generated images have the size of these
+        check_images(extractor, dataset, reference)
     if isinstance(reference, data.Dataset):
-        check_images(extractor, reference, *sets)
         reference = reference_statistics(extractor, reference, rt)
-    check_images(extractor, *sets)
-    reference.check(extractor.tag, extractor.dim, extractor.name)
 
     def read(indices):
         return decode(sample.generate(net, *sample.inputs(net, indices, args.seed, rt.device)))
@@ -489,13 +491,9 @@ def main():
     # Find all that can be wrong before the features are computed, which may take an hour.
     specs = (args.samples, args.reference)
     sides = [rt.main_first(lambda: open_side(spec, args.resolution)) for spec in specs]
-    sets = [side for side in sides if isinstance(side, data.Dataset)]
-    if sets:  # two files of statistics need no network
+    if any(isinstance(side, data.Dataset) for side in sides):  # else no network is needed
         extractor = load_extractor(rt, args.features, args.inception)
-        check_images(extractor, *sets)
-        for side in sides:
-            if side not in sets:
-                side.check(extractor.tag, extractor.dim, extractor.name)
+        check_images(extractor, *sides)
 
     def measured(name, side):
         """(`Statistics`, Inception Score or None) of one side."""
@@ -511,26 +509,25 @@ def main():
     if not rt.is_main:
         return
 
-    name = distance_name(a.features)
-    result = dict.fromkeys("fid is_mean is_std kid_mean kid_std precision recall".split())
-    result |= dict(fid=frechet_distance(a, b), n_samples=a.n, n_reference=b.n, features=a.features)
-    lines = [f"{name:13}{result['fid']:.5g}"]
-    if score:
-        result["is_mean"], result["is_std"] = score
-        lines.append("IS           {:.4g} ± {:.2g}".format(*score))
-    if a.rows is not None and b.rows is not None and min(len(a.rows), len(b.rows)) > 3:
-        rows = [torch.from_numpy(side.rows).to(rt.device) for side in (b, a)]
+    rows, pairs = [side.rows for side in (b, a)], [None] * 4
+    if all(x is not None and len(x) > 3 for x in rows):
+        rows = [torch.from_numpy(x).to(rt.device) for x in rows]
         pairs = *kernel_distance(*rows), *precision_recall(*rows)
-        result |= zip(("kid_mean", "kid_std", "precision", "recall"), pairs)
-        lines.append("KID          {:.3g} ± {:.2g}".format(*pairs[:2]))
-        lines.append("precision    {:.4g}\nrecall       {:.4g}".format(*pairs[2:]))
-    for side, used in (("samples", a), ("reference", b)):
-        lines.append(f"{side:13}{used.n or 'unknown number of'} images, {used.name}")
-        if name == "FID" and (used.n or PUBLISHED_COUNT) < PUBLISHED_COUNT:
-            print(f"warning: {used.n} {side} images; published numbers use {PUBLISHED_COUNT:,}, "
-                  "and fewer give a larger FID", file=sys.stderr)
-    lines.append(f"features     {a.features}")
-    print(json.dumps(result) if args.json else "\n".join(lines))
+    values = frechet_distance(a, b), *(score or [None] * 2), *pairs, a.n, b.n, a.features
+    keys = "fid is_mean is_std kid_mean kid_std precision recall n_samples n_reference features"
+    result = dict(zip(keys.split(), values))
+    name = distance_name(a.features)
+    for side in (a, b):
+        if name == "FID" and side.n and side.n < PUBLISHED_COUNT:
+            print(f"warning: {side.name}: {side.n} images; published numbers use "
+                  f"{PUBLISHED_COUNT:,}, and fewer give a larger FID", file=sys.stderr)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(f"{name} of {a.name} from {b.name}")
+        for key, value in result.items():
+            if value is not None:
+                print(f"{key:13}{value:.5g}" if isinstance(value, float) else f"{key:13}{value}")
     if args.save_stats:
         b.save(args.save_stats)
 
