@@ -46,8 +46,7 @@ SETTINGS = dict(  # of FID during training
     inception=(None, "Inception weights (default: torch's hub cache, or a download)", str),
 )
 
-# --------------------------------------------------------------------------------------------------
-# Inception v3 as in TensorFlow's graph of 2015-12-05 (arXiv 1512.00567).
+# ---- Inception v3 as in TensorFlow's graph of 2015-12-05 ---------------------
 
 # Blocks of branches that read the same input. A word is a pooling or a convolution, /2 its stride.
 A = ["branch1x1", "branch5x5_1 branch5x5_2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3",
@@ -73,7 +72,7 @@ POOLS = {
 
 
 class Inception:
-    """x [N, 3, 299, 299] in [-1, 1) -> features [N, 2048], logits [N, 1008] without the bias.
+    """x [N, 3, 299, 299] in [-1, 1) -> features [N, 2048], logits [N, 1008] (arXiv 1512.00567).
 
     state: tensors as in the file of weights. BatchNorm is folded into the convolutions, in float64.
     """
@@ -128,8 +127,7 @@ def resize_tf1(images, size=299):
     return x
 
 
-# --------------------------------------------------------------------------------------------------
-# Feature extractors.
+# ---- Feature extractors ------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -199,8 +197,7 @@ def network_features(rt, path):
     return Extractor(str(path), tag, dim, shape, rt.device, function)
 
 
-# --------------------------------------------------------------------------------------------------
-# Statistics.
+# ---- Statistics --------------------------------------------------------------
 
 
 @dataclasses.dataclass(eq=False)
@@ -349,8 +346,7 @@ def split_half(n, seed=0):
     return np.sort(order[: n // 2]), np.sort(order[n // 2 : n // 2 * 2])
 
 
-# --------------------------------------------------------------------------------------------------
-# The distances.
+# ---- The distances -----------------------------------------------------------
 
 
 def frechet_distance(a, b):
@@ -415,8 +411,7 @@ def precision_recall(reference, samples, k=3):
     return share(samples, reference), share(reference, samples)
 
 
-# --------------------------------------------------------------------------------------------------
-# FID during training, and the command.
+# ---- FID during training, and the command ------------------------------------
 
 
 def open_side(spec, resolution=None):

@@ -172,8 +172,7 @@ class Batches:
         return raw, labels
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading. A reader returns images, labels or None, and names of classes if there are any.
+# ---- Reading: images, labels or None, names of classes if any ----------------
 
 
 def load(spec, cache=None, resolution=None):
@@ -386,8 +385,7 @@ def _read_labels(names, files, read):
         return [labels[name] for name in files], None
 
 
-# --------------------------------------------------------------------------------------------------
-# Writing.
+# ---- Writing -----------------------------------------------------------------
 
 
 def save_grid(images, path, columns, scale=1, padding=2):
