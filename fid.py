@@ -166,7 +166,8 @@ def inception(rt, path=None):
     if not path and not file.exists():
         files.download(url, file, "sha256", INCEPTION_HASH)
     with files.reading(file, "the weights of Inception v3", f"get {url}"):
-        net = Inception(files.load_plain(file), rt.device)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        net = Inception(state, rt.device)
         net(torch.zeros(1, 3, 299, 299, device=rt.device))  # fails where weights do not fit
         found = files.file_hash(file)
     tag = INCEPTION_TAG if found.startswith(INCEPTION_HASH) else f"inception sha256:{found[:16]}"

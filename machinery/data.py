@@ -262,12 +262,9 @@ def _load_cifar10(path, test):
 
 def _load_npz(path):
     arrays = np.load(path)  # executes nothing: allow_pickle is False
-    key = "images" if "images" in arrays else "arr_0"
-    if key not in arrays:
-        raise UserError(f"holds {arrays.files}, but no images (`arr_0` or `images`); give another")
-    images = np.ascontiguousarray(arrays[key])
-    return (images[..., None] if images.ndim == 3 else images,
-            arrays.get("labels", arrays.get("arr_1")))
+    images = np.ascontiguousarray(arrays["images" if "images" in arrays else "arr_0"])
+    images = images[..., None] if images.ndim == 3 else images
+    return images, arrays.get("labels", arrays.get("arr_1"))
 
 
 def _list_folder(folder):

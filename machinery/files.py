@@ -114,21 +114,16 @@ def save_checkpoint(data, path):
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
-def load_plain(path, mmap=False):
-    """Read a file of tensors and plain data to the CPU. mmap: processes share the tensors."""
-    if zipfile.is_zipfile(path):  # torch's format, of which torch ignores the check sums
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"check sum of {damaged}")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-
-
 def load_checkpoint(path, mmap=False):
-    """Read what `save_checkpoint` wrote, to the CPU: a dict with a `kind`."""
+    """Read what `save_checkpoint` wrote, with a `kind`. mmap: processes share the tensors."""
     what, remedy = "a checkpoint of this project", "restore a copy, or delete it and train again"
     with reading(path, what, remedy):
-        data = load_plain(path, mmap)
-        data["kind"]  # fails for other files
+        if zipfile.is_zipfile(path):  # torch's format, of which torch ignores the check sums
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"check sum of {damaged}")
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        data["kind"]  # other files have none
         return data
 
 
