@@ -25,7 +25,15 @@ def load_network(path, role=None):
     any other file, or if `role` is given and differs; executes nothing in it.
     """
     with reading(path, "a usable network file"):
-        config, about, state = _read(path)
+        with open(path, "rb") as file:
+            published = file.read(1) == b"\x80"
+        if published:
+            config, about, state = _published(read_pickle(path))
+        else:
+            data = load_checkpoint(path)
+            if data["kind"] != NETWORK_KIND:
+                raise UserError(f"a {data['kind']}, not a network; give the network.pt beside it")
+            config, about, state = Config(**data["config"]), data["about"], data["state"]
         if about["role"] not in ([role] if role else ["denoiser", "generator", "ratio"]):
             raise UserError(f"holds a {about['role']}, but a {role or 'network'} is needed here; "
                             "give another file")
@@ -43,17 +51,6 @@ def load_network(path, role=None):
         net.load_state_dict({k: v.float().contiguous() for k, v in state.items()}, assign=True)
         net.about = about
         return net.eval()
-
-
-def _read(path):
-    """(config, about, state dict) of a network file."""
-    with open(path, "rb") as file:
-        if file.read(1) == b"\x80":
-            return _published(read_pickle(path))
-    data = load_checkpoint(path)
-    if data["kind"] != NETWORK_KIND:
-        raise UserError(f"a {data['kind']}, not a network; give the network.pt beside it")
-    return Config(**data["config"]), data["about"], data["state"]
 
 
 _PRECONDITIONING = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "Precond": "edm"}
