@@ -294,8 +294,8 @@ def measure(extractor, read, n, rt, batch=64, name="samples"):
 
     mu = sums["x"] / n
     sigma = (sums["xx"] - n * mu.outer(mu)) / (n - 1)
-    arrays = [x.numpy() for x in (mu, sigma, sums["rows"])]
-    statistics = Statistics(*arrays[:2], extractor.tag, n, name, arrays[2])
+    rows = sums["rows"].numpy()
+    statistics = Statistics(mu.numpy(), sigma.numpy(), extractor.tag, n, name, rows)
     count = split.cpu().bincount()
     p = sums["p"] / count[:, None]
     score = (sums["p_log_p"] / count - torch.special.xlogy(p, p).sum(dim=1)).exp()
@@ -509,10 +509,9 @@ def main():
     if all(x is not None and len(x) > 3 for x in rows):
         rows = [torch.from_numpy(x).to(rt.device) for x in rows]
         pairs = *kernel_distance(*rows), *precision_recall(*rows)
-    values = frechet_distance(a, b), *(score or [None] * 2), *pairs, a.n, b.n, a.features
     keys = "fid is_mean is_std kid_mean kid_std precision recall n_samples n_reference features"
-    result = dict(zip(keys.split(), values))
-    name = distance_name(a.features)
+    values = frechet_distance(a, b), *(score or [None] * 2), *pairs, a.n, b.n, a.features
+    result, name = dict(zip(keys.split(), values)), distance_name(a.features)
     for side in (a, b):
         if name == "FID" and side.n and side.n < PUBLISHED_COUNT:
             print(f"warning: {side.name}: {side.n} images; published numbers use "
