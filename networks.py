@@ -55,6 +55,7 @@ class Config:
 NETWORKS = {  # in the order of Config's fields, up to dropout
     "digits": Config("ddpmpp", 8, 1, 0, 32, (1, 2), 1, ()),
     "fashion-mnist": Config("ddpmpp", 28, 1, 0, 16, (1, 2, 4), 1, ()),
+    "cifar10-small": Config("ddpmpp", 32, 3, 0, 32, (1, 2, 4), 1, ()),
     "pictures": Config("ddpmpp", 64, 3, 0, 64, (1, 2, 3, 4), 2, (16,)),
     "cifar10": Config("ddpmpp", 32, 3, 0, 128, (2, 2, 2), 4, (16,), 0.13),  # EDM, Table 7
     "imagenet64": Config("adm", 64, 3, 1000, 192, (1, 2, 3, 4), 3, (32, 16, 8), 0.10),
@@ -248,7 +249,8 @@ class EDMBlock(nn.Module):
 def mp_normalize(x, dims=None):
     """Scale x to unit root mean square over `dims` (default: all but the first)."""
     dims = list(range(1, x.ndim)) if dims is None else dims
-    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
     return x / (1e-4 + norm * math.sqrt(norm.numel() / x.numel())).to(x.dtype)
 
 

@@ -13,13 +13,14 @@ again resumes the run.
 import machinery  # before PyTorch: how its threads wait
 import copy
 import dataclasses
+from pathlib import Path
 
 import torch
 
 import networks
 import sample
 from machinery import checkpoints, data, training
-from machinery.training import finite, fraction, not_negative
+from machinery.training import UserError, finite, fraction, not_negative
 
 SETTINGS = dict(  # {flag: (default, help[, type or choices])}
     network=(None, "architecture; its resolution follows the data", list(networks.NETWORKS)),
@@ -42,6 +43,9 @@ PRESETS = {
                    lr_rampup_kimg=5.0, ema_halflife_kimg=20.0,
                    log_kimg=10.0, grid_kimg=50.0, save_kimg=50.0),
     "fashion-mnist": dict(data="fashion-mnist", network="fashion-mnist", kimg=256.0, batch=64,
+                          lr=1e-3, lr_rampup_kimg=10.0, ema_halflife_kimg=20.0,
+                          log_kimg=4.0, grid_kimg=64.0, save_kimg=16.0),
+    "cifar10-small": dict(data="cifar10", network="cifar10-small", xflip=True, kimg=512.0, batch=64,
                           lr=1e-3, lr_rampup_kimg=10.0, ema_halflife_kimg=20.0,
                           log_kimg=4.0, grid_kimg=64.0, save_kimg=16.0),
     "pictures": dict(network="pictures", resolution=64, xflip=True, dropout=0.1, kimg=20_000.0,
@@ -100,6 +104,28 @@ def network_config(name, dataset, cond, dropout=None):
         config, img_resolution=dataset.resolution, img_channels=dataset.channels,
         label_dim=dataset.label_dim if cond else 0,
         dropout=config.dropout if dropout is None else dropout)
+
+
+def load_init(args, dataset):
+    """Stage 2: the `Denoiser` that --init names, checked against the data."""
+    if args.init == "random" and not args.network:
+        raise UserError("--init random: say which network with --network")
+    if args.init == "random":
+        cond = networks.NETWORKS[args.network].label_dim > 0
+        return networks.Denoiser(network_config(args.network, dataset, cond))
+    if not Path(args.init).exists():
+        raise UserError(f"{args.init} is missing; run `python pretrain.py --preset {args.preset}` "
+                        "first, or give --init a network of stage 1 or a published checkpoint")
+    net = checkpoints.load_network(args.init, role="denoiser")
+    config = net.config
+    if config.label_dim and (dataset.labels is None or dataset.label_dim > config.label_dim):
+        dataset.require_labels()  # numbers the classes as stage 1 did
+    wanted = (config.img_resolution, config.img_channels, config.label_dim)
+    found = (dataset.resolution, dataset.channels, dataset.label_dim)
+    if wanted[:2] != found[:2] or (wanted[2] and not 0 < found[2] <= wanted[2]):
+        raise UserError(f"{args.init} has (resolution, channels, classes) {wanted}, but "
+                        f"{dataset.name} has {found}; choose the data of stage 1")
+    return net
 
 
 def main():

@@ -17,8 +17,8 @@ checkpoint, a log and sample grids. The same command again resumes the run.
 import machinery  # before PyTorch: how its threads wait
 import copy
 import dataclasses
+import functools
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ import networks
 import pretrain
 import sample
 from machinery import checkpoints, data, training
-from machinery.training import UserError, finite, fraction, not_negative
+from machinery.training import finite, fraction, not_negative
 
 # -------------------------------------------------------------------------------------------------
 # The method. docs/method.md derives each formula. h = log(p_sigma/q_sigma), data over generator.
@@ -51,6 +51,17 @@ def noise_levels(args, rt):
     if args.noise == "karras":  # uniform in the index of EDM's schedule (Equation 5), as SiD
         return sample.karras_sigma(rt.rand() * args.karras_share)
     return (rt.randn() * args.p_std + args.p_mean).exp()  # ln sigma normal, as EDM (Table 1)
+
+
+# Weight of the generator's loss at each noise level. Unweighted it follows grad h, which is
+# (D_p - D_q) / sigma^2, so small noise decides. SiD and DMD follow D_p - D_q divided by its size;
+# c_out of EDM (Table 1, sigma_data = 0.5), the error of a denoiser, stands in for that size.
+NOISE_WEIGHTS = {
+    "none": lambda sigma: torch.ones_like(sigma),
+    "sigma": lambda sigma: sigma,
+    "sigma2": lambda sigma: sigma**2,
+    "edm": lambda sigma: sigma * (sigma**2 + 0.25).sqrt() / 0.5,  # sigma^2 / c_out
+}
 
 
 def ratio_loss(ratio, real, fake, sigma, eps_real, eps_fake, labels=None):
@@ -91,6 +102,7 @@ SETTINGS = dict(
     p_mean=(-1.2, "lognormal: mean of ln sigma", finite),
     p_std=(1.2, "lognormal: standard deviation of ln sigma"),
     karras_share=(0.8, "karras: share of the schedule from its low end; 0.8 is up to 24.4 (SiD's)"),
+    noise_weight=("none", "weight of the generator's loss over noise levels", list(NOISE_WEIGHTS)),
     lr=(None, "learning rate of the generator (Adam)", float),
     ratio_lr=(None, "learning rate of the ratio network (Adam)", float),
     lr_decay_kimg=(0.0, "cosine decay of both rates to 0 over so many thousand images; 0: constant "
@@ -115,6 +127,10 @@ PRESETS = {
                    ema_halflife_kimg=20.0, log_kimg=5.0, grid_kimg=20.0, save_kimg=20.0),
     "fashion-mnist": dict(data="fashion-mnist", init="runs/fashion-mnist/pretrain/network.pt",
                           kimg=448.0, batch=64, lr=1e-4, ratio_lr=3e-4, ratio_steps=2,
+                          lr_decay_kimg=None, ema_halflife_kimg=20.0,
+                          log_kimg=4.0, grid_kimg=32.0, save_kimg=16.0),
+    "cifar10-small": dict(data="cifar10", init="runs/cifar10-small/pretrain/network.pt", xflip=True,
+                          kimg=256.0, batch=64, lr=1e-4, ratio_lr=3e-4, ratio_steps=2,
                           lr_decay_kimg=None, ema_halflife_kimg=20.0,
                           log_kimg=4.0, grid_kimg=32.0, save_kimg=16.0),
     "pictures": dict(NATURAL, init="runs/pictures/pretrain/network.pt", resolution=64, xflip=True,
@@ -142,7 +158,7 @@ def main():
     # Data, generator, ratio network. Dropout is off: the generator is a function of z.
     dataset = rt.main_first(lambda: data.load(args.data, resolution=args.resolution))
     torch.manual_seed(args.seed)
-    init = load_init(args, dataset)
+    init = pretrain.load_init(args, dataset)
     config = dataclasses.replace(init.config, dropout=0.0)
     generator, ratio = networks.Denoiser(config), networks.RatioNetwork(config)
     generator.load_state_dict(init.state_dict())
@@ -162,13 +178,13 @@ def main():
     run.print_start(args.divergence, dataset, generator, ratio)
     batches = data.Batches(dataset, rt, args.seed, run.nimg * args.ratio_steps)
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
-
-    def G(z, labels):
-        return sample.one_step(generator, z, labels, args.t_init)
+    G = functools.partial(sample.one_step, generator, t_init=args.t_init)  # G(z, labels)
 
     def generator_objective(z, fake, sigma, eps, labels):
         fake = fake if fake.requires_grad else G(z, labels)  # no graph with several micro-batches
-        return [generator_loss(ratio, fake, sigma, eps, args.divergence, labels)]
+        run.add_gradient(sigma, fake)
+        weight = NOISE_WEIGHTS[args.noise_weight](sigma)
+        return [weight * generator_loss(ratio, fake, sigma, eps, args.divergence, labels)]
 
     def write_networks(suffix="", **about):
         about = {**ema.about, "nimg": run.nimg, **about}
@@ -210,28 +226,6 @@ def main():
         if run.due(args.save_kimg) or run.due(args.fid_every) or run.stopping:
             run.save(write_networks)  # after a signal this ends the script
         measure_fid()
-
-
-def load_init(args, dataset):
-    """The stage-1 `Denoiser` that --init names, checked against the data."""
-    if args.init == "random" and not args.network:
-        raise UserError("--init random: say which network with --network")
-    if args.init == "random":
-        cond = networks.NETWORKS[args.network].label_dim > 0
-        return networks.Denoiser(pretrain.network_config(args.network, dataset, cond))
-    if not Path(args.init).exists():
-        raise UserError(f"{args.init} is missing; run `python pretrain.py --preset {args.preset}` "
-                        "first, or give --init a network of stage 1 or a published checkpoint")
-    net = checkpoints.load_network(args.init, role="denoiser")
-    config = net.config
-    if config.label_dim and (dataset.labels is None or dataset.label_dim > config.label_dim):
-        dataset.require_labels()  # numbers the classes as stage 1 did
-    wanted = (config.img_resolution, config.img_channels, config.label_dim)
-    found = (dataset.resolution, dataset.channels, dataset.label_dim)
-    if wanted[:2] != found[:2] or (wanted[2] and not 0 < found[2] <= wanted[2]):
-        raise UserError(f"{args.init} has (resolution, channels, classes) {wanted}, but "
-                        f"{dataset.name} has {found}; choose the data of stage 1")
-    return net
 
 
 if __name__ == "__main__":

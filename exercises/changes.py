@@ -1,18 +1,24 @@
-"""Changes of code that the exercises try, as text: what is replaced in train_diffratio.py, and by what.
+"""Changes of code that the exercises try, as text, and the pristine scripts that they and the reference rows start from.
 
-A student makes them in an editor, `run.py` in a copy of the script. `python exercises/run.py --diff NAME` prints one.
+A student edits the scripts of the working copy. What is compared with them must not depend on that, nor on what was committed
+or on git being there. So exercises/pristine.zip holds the scripts: one file that no editor and no search opens by mistake.
+After a change of the scripts that the exercises should follow:
+
+    python exercises/changes.py                          store the scripts of this folder
+    python exercises/run.py --diff NAME                  print a change of code
 """
 
 import difflib
-import sys
+import hashlib
+import json
+import os
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from machinery.files import UserError  # noqa: E402
-
+PRISTINE = ROOT / "exercises" / "pristine.zip"
 SCRIPT = "train_diffratio.py"
-ONE_LEVEL = "runs/exercises/one-level/network.pt"  # a stage 1 that was trained at sigma = 2.5 only
+ONE_LEVEL = "runs/exercises/pristine-one-level/network.pt"  # a stage 1 that was trained at sigma = 2.5 only
 
 LAST_DIVERGENCE = '    "fkl": lambda h: -torch.exp(h),  # forward Kullback-Leibler, f = -ln u\n'
 MORE_DIVERGENCES = """\
@@ -53,19 +59,65 @@ CHANGES = {  # name: {old: new}
 }
 
 
+def texts(folder):
+    """{path: text} of the scripts of a working copy that decide what a run does."""
+    paths = [folder / name for name in ("train_diffratio.py", "pretrain.py", "sample.py", "fid.py", "networks.py")]
+    paths += [*sorted((folder / "machinery").glob("*.py")), folder / "exercises" / "teacher.py"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes().decode().replace("\r\n", "\n") for path in paths}
+
+
+def pristine():
+    """{path: text} of the scripts as the exercises were written for them."""
+    with zipfile.ZipFile(PRISTINE) as archive:
+        return {name: archive.read(name).decode() for name in archive.namelist()}
+
+
+def keep(path=PRISTINE):
+    """Make the scripts of this folder the pristine ones."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in texts(ROOT).items():
+            archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)  # of 1980: no time, no mode
+
+
+def unpack(work):
+    """The folder in `work` in which the pristine scripts lie. A file that was edited there is put back."""
+    folder, digits = Path(work) / "runs" / "exercises" / f"pristine-{fingerprint(pristine())}", "assets/digits.npz"
+    contents = {name: text.encode() for name, text in pristine().items()} | {digits: (ROOT / digits).read_bytes()}
+    for name, content in contents.items():
+        path = folder / name
+        if not path.exists() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}.part")  # another process may be reading
+            part.write_bytes(content)
+            part.replace(path)
+    return folder
+
+
+def fingerprint(*what):
+    """Twelve hexadecimal digits of texts, numbers and dicts of them."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def changed(names):
-    """(text of the script, the same with the changes `names`). Raises `UserError` if one does not fit exactly once."""
-    before = after = (ROOT / SCRIPT).read_text()
+    """(text of the pristine script, the same with the changes `names`). `UserError` if one does not fit exactly once."""
+    before = after = pristine()[SCRIPT]
     for name in names:
         for old, new in CHANGES[name].items():
             if after.count(old) != 1:
-                raise UserError(f"the change {name} does not fit {SCRIPT}, which was edited there; put your edit back, "
-                                "or leave this row out with --rows")
+                from machinery.files import UserError  # not above: run.py decides whose machinery it takes
+
+                raise UserError(f"the change {name} does not fit {SCRIPT} in exercises/{PRISTINE.name}: adapt changes.py")
             after = after.replace(old, new)
     return before, after
 
 
-def diff(names):
-    """The changes as a unified diff."""
-    before, after = (text.splitlines() for text in changed(names))
-    return "\n".join(difflib.unified_diff(before, after, SCRIPT, SCRIPT, n=1, lineterm=""))
+def diff(before, after, name=SCRIPT):
+    """The difference of two texts as a unified diff; of two {path: text}, of all of them."""
+    if isinstance(before, dict):
+        return "\n".join(filter(None, (diff(before.get(name, ""), after.get(name, ""), name) for name in before | after)))
+    return "\n".join(difflib.unified_diff(before.splitlines(), after.splitlines(), name, name, n=1, lineterm=""))
+
+
+if __name__ == "__main__":
+    keep()
+    print(f"wrote {PRISTINE}: exercises now compare with the scripts as they are in this folder")

@@ -62,7 +62,7 @@ def draw(exercise, results, path):
             axes.fill_between(kimg, values.min(axis=0), values.max(axis=0), color=f"C{i}", alpha=0.15, linewidth=0)
     axes.set(xlabel="seconds on one core" if seconds else "thousand images", ylabel="FD (stage 1)", yscale="log")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    left.legend(fontsize=7, loc="outside lower center", ncols=2)  # over no curve
     panels = np.atleast_1d(right.subplots(max(len(shown), 1), 1))
     for axis, (name, grid) in zip(panels, shown.items()):
         axis.imshow(grid, cmap="gray", vmin=0, vmax=255)

@@ -29,7 +29,6 @@ import demo  # noqa: E402
 import fid  # noqa: E402
 from machinery import data, training  # noqa: E402
 
-CPU = training.Runtime(torch.device("cpu"))
 NEAREST = 2000  # images whose nearest neighbour among all training images is looked for
 
 
@@ -42,25 +41,30 @@ class Measures:
     """The measures of samples of one data set. `measures(images)` is a dict of numbers.
 
     pretrained: path of the stage-1 network whose features are the second view, or None to leave them out.
+    test: a data set of held-out images, or None for the one that comes with the data set, or the data themselves.
     Raises `UserError` if that network is for other images.
     """
 
-    def __init__(self, name, pretrained=None):
-        self.train = data.load(name)
-        self.has_test = name in ("fashion-mnist", "cifar10")
-        self.reference = data.load(f"{name}:test") if self.has_test else self.train
-        self.classifier = classifier.load(self.train)
+    def __init__(self, name, pretrained=None, test=None, rt=training.Runtime(torch.device("cpu"))):
+        self.train, self.device = data.load(name), rt.device
+        test = test or (f"{name}:test" if name in ("fashion-mnist", "cifar10") else None)
+        self.has_test, self.reference = bool(test), data.load(test) if test else self.train
+        self.classifier = classifier.load(self.train, device=rt.device)
         self.views = {"classifier": classifier.extractor(self.classifier, self.train)}
         if pretrained:
-            self.views["stage1"] = fid.network_features(CPU, str(pretrained))
+            self.views["stage1"] = fid.network_features(rt, str(pretrained))
         self.check(self.train)
-        self.known = torch.from_numpy(self.train.images.reshape(len(self.train), -1).astype(np.float32))
+        self.check(self.reference)
+        self.known = self.pixels(self.train.images)
         self.held = {view: self.features(view, chosen(self.reference.images)) for view in self.views}
 
     def check(self, dataset):
         """Raise `UserError` unless the images of `dataset` have the size that is measured here."""
         for view in self.views.values():
             fid.check_images(view, dataset)
+
+    def pixels(self, images):
+        return torch.tensor(images).to(self.device).flatten(1).float()
 
     def features(self, view, images):
         """Features [n, d] of images uint8 [n, H, W, C]; `view` is "classifier" or "stage1"."""
@@ -74,7 +78,7 @@ class Measures:
 
     def nearest(self, images, skip_self=False):
         """Root mean square difference in grey levels to the nearest training image, [n], of the first `NEAREST` images."""
-        x = torch.from_numpy(images[:NEAREST].reshape(min(len(images), NEAREST), -1).astype(np.float32))
+        x = self.pixels(images[:NEAREST])
         k = 2 if skip_self else 1
         found = [torch.cdist(part, self.known).topk(k, largest=False).values[:, -1] for part in x.split(250)]
         return torch.cat(found) / x.shape[1] ** 0.5
@@ -153,6 +157,8 @@ def table(rows, columns=COLUMNS):
 def main():
     parser = training.Parser(__doc__, dict(
         pretrained=(None, "stage-1 network whose features to use as well", str),
+        test=(None, "held-out images to compare with (default: Fashion-MNIST's and CIFAR-10's own, else the data)", str),
+        device=training.DEVICE,
         json=(None, "append a line of JSON to this file for the data and for each file of samples", str),
         picture=(None, "draw 64 images of the data and of the first file of each row", str)))
     parser.add_argument("data", metavar="NAME", help="digits, fashion-mnist, cifar10 or another labelled data set")
@@ -163,7 +169,7 @@ def main():
             parser.error(f"{text}: give NAME=FILE")
     if args.data.endswith(":test"):
         parser.error(f"{args.data}: give the name of the data set; its test images are the reference")
-    measures = Measures(args.data, args.pretrained)
+    measures = Measures(args.data, args.pretrained, args.test, training.start(args.device, alone=True))
     samples = [(name, data.load(path)) for name, path in (text.rsplit("=", 1) for text in args.samples)]
     for _, dataset in samples:
         measures.check(dataset)

@@ -1,18 +1,24 @@
-"""Run an exercise: train its rows with train_diffratio.py as a user would, measure them, print the table.
+"""Run an exercise: train its rows as a user would, measure them, print the table and whether yours lie where they should.
 
     python exercises/run.py 5                                  our reference results of exercise 5; nothing is run
-    python exercises/run.py 5 --results my-runs.jsonl          train and measure yours, seed 0
-    python exercises/run.py order --results my-runs.jsonl --seeds 3 --rows "fresh z" "same z, same noise"
+    python exercises/run.py 5 --results my-runs.jsonl          train and measure its rows, seed 0
+    python exercises/run.py 5 --results my-runs.jsonl --mine   the same of your working copy, whatever you changed in it
+    python exercises/run.py 2 --results my-runs.jsonl --mine "--divergence hellinger"          with flags of your own
+    python exercises/run.py 5 --results my-runs.jsonl --predict mine.txt     a text or a file, before anything is run
+    python exercises/run.py 5 --results my-runs.jsonl --submit me.json       one file to hand in
     python exercises/run.py --list                             all exercises and their rows
     python exercises/run.py --diff fresh-z                     a change of code, as a diff
 
-All rows start from assets/digits-stage1.pt. A row is a run of fixed length in runs/exercises/NAME, where NAME is
-that of the results file, and a line of this file: its measures (exercises/measure.py) and its distance over training. A run
-that several exercises share is made once, and what has a line is not run again. After a stop the same command continues.
+Rows without --mine run the pristine scripts (exercises/changes.py), so an edit of yours changes none of them. All start from
+assets/digits-stage1.pt. A row is a run of fixed length, in a folder of runs/exercises/RESULTS that is named by a hash of
+scripts and flags, and a line of RESULTS: that hash, its measures (exercises/measure.py), its distance over training. What has
+a line of the same hash is not run again; other code or flags are another run. After a stop the same command continues.
 """
 
+import datetime
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -28,16 +34,23 @@ ROOT = HERE.parent
 WORK = ROOT  # runs/ is in it
 sys.path[:0] = [str(ROOT), str(HERE)]
 import changes  # noqa: E402
-import measure  # noqa: E402
+
+if __name__ == "__main__":  # an edit of a script changes nothing that measures
+    sys.path.insert(0, str(changes.unpack(WORK)))
+import fid  # noqa: E402, F401  (before the programs below, which look in the working copy first)
+import pretrain  # noqa: E402, F401
 import sample  # noqa: E402
-import verifier  # noqa: E402
+import train_diffratio  # noqa: E402, F401
 from machinery import checkpoints, data, files, training  # noqa: E402
 from machinery.files import UserError  # noqa: E402
+import measure  # noqa: E402
+import verifier  # noqa: E402
+from scipy import stats  # noqa: E402
 
 # ---- Settings, as differences from the preset `digits` -----------------------------------------------
 
 STAGE1 = "assets/digits-stage1.pt"  # pretrain.py --kimg 200, in half precision
-KIMG = 24  # length of every run, thousands of images
+KIMG = 24  # length of a run, thousands of images; --short: a quarter
 COMMON = f"--init {STAGE1} --kimg {KIMG} --batch 64"
 CURVE = f"--fid-every 4 --fid-features {STAGE1} --fid-images 1797"
 SAMPLES = 3594  # of each generator: twice the data
@@ -89,6 +102,7 @@ EXERCISES = {
         "1 ratio step": "", "2 ratio steps": "--ratio-steps 2", "5 ratio steps": "--ratio-steps 5",
         "ratio network at random": "--ratio-init random", "frozen encoder": ("", "frozen-encoder"),
         "rate 1e-4": "--ratio-lr 1e-4", "rate 1e-3": "--ratio-lr 1e-3",
+        "2 ratio steps, equal time": "--ratio-steps 2 --kimg 17",  # 24 / 1.4: an iteration costs 1.4 times as much
     },
     "momentum": {f"beta1 {b}": "" if b == "0" else f"--beta1 {b}" for b in ("0", "0.5", "0.9")},
     "teacher": {"DiffRatio": "", "VSD": ("--method vsd", "teacher"), "SiD": ("--method sid", "teacher")},
@@ -108,44 +122,65 @@ EXTRA_COLUMNS = {
 }
 
 
-def row_of(exercise, name):
+def row_of(exercise, name, short=False):
     """(flags, changes) of a row."""
     row = EXERCISES[exercise][name]
-    return (row, ()) if isinstance(row, str) else (row[0], row[1:])
+    flags, *names = (row,) if isinstance(row, str) else row
+    return shortened(flags) if short else flags, tuple(names)
+
+
+def shortened(flags):
+    """The flags of a quarter of the length."""
+    return f"{flags} --kimg {kimg_of(flags) / 4:g}".strip()
+
+
+def kimg_of(flags):
+    return float(re.findall(r"--kimg ([\d.]+)", f"--kimg {KIMG} {flags}")[-1])
 
 
 def run_name(flags, names):
-    """Name of a run and of its folder: its flags and its changes of code."""
-    return " ".join([*flags.replace("--", "").split(), *(f"+{name}" for name in names)]).replace(" ", "_") or "default"
+    """Name of a run: its flags and its changes of code; of a working copy its hash as well."""
+    name = "_".join([*flags.replace("--", "").replace("/", "-").split(), *(f"+{name}" for name in names)]) or "default"
+    return f"{name}_{hash_of(flags, names)}" if "mine" in names else name
+
+
+def hash_of(flags, names):
+    """Hash of what a run runs: the scripts with their changes, the flags."""
+    scripts = changes.texts(ROOT) if "mine" in names else changes.pristine()
+    for name in set(names) & set(changes.CHANGES):
+        scripts[f"{changes.SCRIPT} +{name}"] = repr(changes.CHANGES[name])
+    return changes.fingerprint(scripts, COMMON, CURVE, flags, "teacher" in names)
 
 
 def folder_of(flags, names, seed, results):
-    """Folder of a run; another file of results means another run."""
-    return WORK / "runs" / "exercises" / Path(results).stem / f"{run_name(flags, names)}-{seed}"
+    """Folder of a run. Another file of results, other scripts or other flags mean another one."""
+    name = run_name(flags, names) + ("" if "mine" in names else f"_{hash_of(flags, names)}")
+    return WORK / "runs" / "exercises" / Path(results).stem / f"{name}-{seed}"
 
 
 def train(folder, flags, names, seed, length=()):
-    """Run the stage script with these flags and changes of code, in this folder.
+    """Run the stage script with these flags in this folder: pristine with the changes `names`, or the working copy ("mine").
 
     length: further flags that come last, such as a shorter --kimg.
     """
-    script, one_step = ROOT / changes.SCRIPT, "--ratio-steps 1"  # the preset takes two
-    if names == ("teacher",):
-        script, one_step = HERE / "teacher.py", ""
-    elif names:
-        if any("one-level" in name for name in names):  # a finished stage 1 is not trained again
+    root = ROOT if "mine" in names else changes.unpack(WORK)
+    script, one_step = root / changes.SCRIPT, "--ratio-steps 1"  # the preset takes two
+    if "teacher" in names:
+        script, one_step = root / "exercises" / "teacher.py", ""
+    elif edits := [name for name in names if name != "mine"]:
+        if any("one-level" in name for name in edits):  # a finished stage 1 is not trained again
             outdir = (WORK / changes.ONE_LEVEL).parent
-            call([sys.executable, str(ROOT / "pretrain.py"), *ONE_LEVEL.split(), *length, "--outdir", str(outdir)])
+            call([sys.executable, str(root / "pretrain.py"), *ONE_LEVEL.split(), *length, "--outdir", str(outdir)], root)
         script = folder / changes.SCRIPT
         with files.atomic(script) as part:
-            part.write_text(changes.changed(names)[1])
+            part.write_text(changes.changed(edits)[1])
     command = [sys.executable, str(script), *shlex.split(f"{COMMON} {CURVE} {one_step} {flags}"), *length]
-    call([*command, "--seed", str(seed), "--outdir", str(folder)])
+    call([*command, "--seed", str(seed), "--outdir", str(folder)], root)
 
 
-def call(command):
-    """Run a script in a process of its own. If it fails, this one ends with its exit code."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # for imports of a changed copy
+def call(command, root):
+    """Run a script that imports from `root`, in a process of its own. If it fails, this one ends with its exit code."""
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))  # for imports of a changed copy
     process = subprocess.Popen(command, cwd=WORK, env={**os.environ, "PYTHONPATH": path})
     while process.poll() is None:
         try:
@@ -180,12 +215,12 @@ def calibration(folder, dataset, seed):
     return result
 
 
-def measured(folder, measures, seed):
-    """The line of a finished run."""
+def measured(folder, flags, measures, seed):
+    """The measures of a finished run."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [line for line in log if "images_per_second" in line]
-    if steps[-1]["nimg"] // 1000 != KIMG:
-        raise UserError(f"{folder} is a run of {steps[-1]['nimg'] / 1000:g} instead of {KIMG} kimg; remove it")
+    if abs(steps[-1]["nimg"] / 1000 - kimg_of(flags)) > 0.1:
+        raise UserError(f"{folder} is a run of {steps[-1]['nimg'] / 1000:g} instead of {kimg_of(flags):g} kimg; remove it")
     net = checkpoints.load_network(folder / "network.pt", role="generator")
     images = np.concatenate([data.to_uint8(x) for x, _ in sample.in_batches(net, range(SAMPLES), seed, "cpu", 300)])
     line = dict(measures(images), curve=[[line["nimg"], line["fid"]] for line in log if "fid" in line])
@@ -195,75 +230,222 @@ def measured(folder, measures, seed):
     return line
 
 
+# ---- Results: tables, intervals ----------------------------------------------------------------------
+
+JUDGED = {  # heading: (key of a line, whether it varies by a factor, so that its logarithm is taken; format)
+    "FD (classifier)": ("fd_classifier", True, "{:.1f}"), "FD (stage 1)": ("fd_stage1", True, "{:.4f}"),
+    "precision": ("precision_classifier", False, "{:.2f}"), "recall": ("recall_classifier", False, "{:.2f}"),
+}
+FAR = 30  # FD (classifier) from which on runs of one setting differ more
+
+
 def results(path):
-    """{(run, seed): its line} of a file of results."""
+    """{(run, seed): its newest line} of a file of results."""
     return {(line["run"], line["seed"]): line for line in files.json_lines(path, "run", "seed")}
 
 
-def table(exercise, rows, path):
-    """The exercise's table, of all seeds that the results file `path` holds."""
+def by_run(found):
+    """{run: its lines} of `results`."""
+    runs = {}
+    for (run, _), line in found.items():
+        runs.setdefault(run, []).append(line)
+    return runs
+
+
+def intervals(runs):
+    """{run: {heading: (low, high)}}: where 95 % of single further runs lie, from {run: lines of its n seeds}.
+
+    The prediction interval of one more normal observation, mean +- t s sqrt(1 + 1/n) (Hahn and Meeker, Statistical
+    Intervals, 1991, section 4.7). Three seeds give no deviation s of their own. So s is pooled over the rows whose mean
+    FD (classifier) is below 30, or over those above, and t is the 97.5 % quantile for that many degrees of freedom. For
+    distances all of this is done with their logarithm: runs differ by factors.
+    """
+    result = {}
+    for far in (False, True):
+        group = {run: lines for run, lines in runs.items()
+                 if len(lines) > 1 and (np.mean([line["fd_classifier"] for line in lines]) >= FAR) == far}
+        freedom = sum(len(lines) - 1 for lines in group.values())
+        for heading, (key, factor, _) in JUDGED.items():
+            values = {run: np.array([line[key] for line in lines]) for run, lines in group.items()}
+            values = {run: np.log(found) if factor else found for run, found in values.items()}
+            if freedom:
+                s = (sum(((found - found.mean()) ** 2).sum() for found in values.values()) / freedom) ** 0.5
+            for run, found in values.items():
+                half = stats.t.ppf(0.975, freedom) * s * (1 + 1 / len(found)) ** 0.5
+                ends = found.mean() - half, found.mean() + half
+                result.setdefault(run, {})[heading] = tuple(np.exp(ends) if factor else np.clip(ends, 0, 1))
+    return result
+
+
+def between(heading, expected):
+    """Text of an interval of `intervals`."""
+    (low, high), form = expected[heading], JUDGED[heading][2]
+    form = "{:.0f}" if form == "{:.1f}" and high > 150 else form
+    return f"{form.format(low)} to {form.format(high)}"
+
+
+def judged(heading, line, expected):
+    """Text: the value of a line and whether it lies in its interval."""
+    (low, high), (key, _, form) = expected[heading], JUDGED[heading]
+    return f"{form.format(line[key])} {'inside' if low <= line[key] <= high else 'OUTSIDE'} {between(heading, expected)}"
+
+
+def table(exercise, rows, path, short=False):
+    """The exercise's tables, of all seeds that the results file `path` holds; None if it holds none of these rows."""
     columns = {**{name: measure.COLUMNS[name] for name in SHOWN}, **EXTRA_COLUMNS.get(exercise, {})}
-    found = results(path)
-    lines = {name: [line for (run, _), line in found.items() if run == run_name(*row_of(exercise, name))] for name in rows}
-    if not any(lines.values()):
-        raise UserError(f"{path} holds no results of {exercise}; without --table they are trained and measured")
-    return measure.table({name: line for name, line in lines.items() if line}, columns)
+    runs, own = by_run(results(path)), Path(path).resolve() != REFERENCE
+    names = {name: run_name(*row_of(exercise, name, short)) for name in rows}
+    names |= {f"mine {lines[0]['hash'][:6]} {lines[0]['flags']}".strip(): run
+              for run, lines in runs.items() if "+mine" in run and lines[0].get("exercise") == exercise}
+    found = {name: runs[run] for name, run in names.items() if run in runs}
+    if not found:
+        return None
+    expected, text = intervals(by_run(results(REFERENCE))), [measure.table(found, columns)]
+    if own:
+        rows = {(name, line["seed"]): {heading: judged(heading, line, expected[names[name]]) for heading in JUDGED}
+                for name in found if names[name] in expected for line in found[name]}
+        cells = [cell for row in rows.values() for cell in row.values()]
+        inside = sum(" inside " in cell for cell in cells)
+        text.append(f"{inside} of {len(cells)} cells lie inside the interval of our results, which holds 95 % of honest runs:")
+        rows = {f"{name}, seed {seed}": row for (name, seed), row in rows.items()}
+        without = [name for name in found if names[name] not in expected]
+    else:
+        text.append("95 % of single runs of one more seed lie in these intervals:")
+        rows = {name: {heading: between(heading, expected[names[name]]) for heading in JUDGED} for name in found}
+        without = []
+    if rows:
+        text.append("\n".join([f"| | {' | '.join(JUDGED)} |", "|---" * (len(JUDGED) + 1) + "|",
+                               *(f"| {name} | {' | '.join(row.values())} |" for name, row in rows.items())]))
+    return "\n\n".join([*text[: None if rows else 1], *([f"no reference exists for: {', '.join(without)}"] if without else [])])
+
+
+# ---- Predictions and submissions ---------------------------------------------------------------------
+
+
+def now():
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def predictions(path):
+    """The file of the predictions that belong to a file of results."""
+    return Path(path).with_suffix(".predictions.jsonl")
+
+
+def predict(args, exercises):
+    """Store a prediction, with the time. Refused once there is a result of the exercise."""
+    if any(line.get("exercise") in exercises for line in results(args.results).values()):
+        raise UserError(f"{args.results} holds results of {' and '.join(exercises)} already; a prediction comes before them")
+    text = Path(args.predict).read_text() if Path(args.predict).is_file() else args.predict
+    with open(predictions(args.results), "a") as file:
+        file.write(json.dumps(dict(exercise=args.exercise, time=now(), prediction=text.strip())) + "\n")
+    print(f"stored in {predictions(args.results)}; now the rows: the same command without --predict")
+
+
+def submit(args, exercises, rows):
+    """Write one JSON file: predictions, lines and logs of the exercise, the working copy's present diff and hash."""
+    runs = {run_name(*row_of(name, row, args.short)) for name in exercises for row in rows[name]}
+    lines = [line for (run, _), line in results(args.results).items()
+             if run in runs or "+mine" in run and line["exercise"] in exercises]
+    if not lines:
+        raise UserError(f"{args.results} holds no results of {' and '.join(exercises)} to submit")
+    pristine, mine, logs = changes.pristine(), changes.texts(ROOT), {}
+    for line in lines:
+        log = WORK / line.get("folder", "") / "log.jsonl"
+        logs[f"{line['run']}-{line['seed']}"] = log.read_text() if log.exists() else None
+    foretold = [p for p in files.json_lines(predictions(args.results), "exercise", "time") if p["exercise"] == args.exercise]
+    content = dict(exercise=args.exercise, time=now(), predictions=foretold, results=lines, diff=changes.diff(pristine, mine),
+                   hash=changes.fingerprint(mine), pristine=changes.fingerprint(pristine), logs=logs)
+    with files.atomic(args.submit) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"wrote {args.submit}: {len(lines)} lines, {len(foretold)} predictions, a diff of {len(content['diff'])} characters")
 
 
 def main():
     parser = training.Parser(__doc__, dict(
         results=(None, "train and measure what this file lacks, and add it (default: print our reference results)", str),
-        seeds=(1, "seeds 0 to N - 1"),
-        first_seed=(0, "leave out seeds below this, for two processes side by side", training.integer),
+        seeds=(1, "number of seeds"),
+        first_seed=(0, "the first of them", training.number("whole number from 0 on", int, 0)),
+        short=(False, "rows of a quarter of the length, for which there is no reference"),
+        predict=(None, "store this text, or this file, as your prediction and end", str),
+        submit=(None, "write predictions, results with their diffs and checks, and logs to this file and end", str),
         table=(False, "print what --results holds and run nothing"),
         list=(False, "print all exercises with their rows"),
         diff=(None, "print a change of code", list(changes.CHANGES))))
     parser.add_argument("exercise", nargs="?", choices=[*NUMBERS, *EXERCISES], metavar="EXERCISE", help="number or name")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows (default: all)")
+    parser.add_argument("--mine", nargs="?", const="", metavar="FLAGS", help="run your working copy, with these flags")
     args = parser.parse_args()
     if args.list:
         numbers = {name: number for number, names in NUMBERS.items() for name in names.split()}
         print("\n".join(f"{numbers[name]:>2} {name:12} {' | '.join(rows)}" for name, rows in EXERCISES.items()))
         return
     if args.diff:
-        print(changes.diff([args.diff]))
+        print(changes.diff(*changes.changed([args.diff])))
         return
     if not args.exercise:
-        parser.error("say which exercise: a number or one of " + ", ".join(EXERCISES))
+        parser.error("say which exercise: a number or one of " + ", ".join(EXERCISES) + " (before --mine)")
     names = NUMBERS.get(args.exercise, args.exercise)
     if names.endswith(".py"):
         parser.error(f"exercise {args.exercise} has a program of its own: python exercises/{names}")
     known = [row for name in names.split() for row in EXERCISES[name]]
     if unknown := set(args.rows or ()) - set(known):
         parser.error(f"--rows: no row {min(unknown)!r} in {names}; there are: {' | '.join(known)}")
+    for flag in ("mine", "table", "predict", "submit", "short"):
+        if getattr(args, flag) not in (None, False) and not args.results:
+            parser.error(f"--{flag} needs --results, for example --results my-runs.jsonl")
     rows = {name: [row for row in EXERCISES[name] if row in (args.rows or known)] for name in names.split()}
-    if args.results and not args.table:
+    if args.predict:
+        return predict(args, names.split())
+    if args.submit:
+        return submit(args, names.split(), rows)
+    if not args.results:
+        print("Reference results, nothing was run; --results my-runs.jsonl runs these rows, with --mine your working copy.")
+    elif not args.table:
         run_all(args, rows)
-    elif not args.results:
-        print("Reference results of the authors: nothing was run. --results my-runs.jsonl trains and measures yours.")
-    for name, wanted in rows.items():
-        if wanted:
-            print(f"\n{name}\n\n{table(name, wanted, args.results or REFERENCE)}")
+    tables = {name: table(name, wanted, args.results or REFERENCE, args.short) for name, wanted in rows.items() if wanted}
+    if not any(tables.values()):
+        raise UserError(f"{args.results} holds no results of {names}; without --table they are trained and measured")
+    print("\n".join(f"\n{name}\n\n{text}" for name, text in tables.items() if text))
+
+
+def own_code(exercise):
+    """{"diff", "check"}: what the working copy changes, and what check.py says of it, which is also printed."""
+    number = next(number for number, names in NUMBERS.items() if exercise in names.split())
+    check = subprocess.run([sys.executable, str(HERE / "check.py"), number], capture_output=True, text=True, cwd=ROOT)
+    print(check.stdout + check.stderr, flush=True)
+    return dict(diff=changes.diff(changes.pristine(), changes.texts(ROOT)), check=check.stdout + check.stderr)
 
 
 def run_all(args, rows):
-    """Train and measure the rows {exercise: names} that have no line yet."""
+    """Train and measure the rows {exercise: names}, or the working copy, where the results have no line of the same hash."""
     if not (WORK / STAGE1).exists():
         raise UserError(f"{STAGE1} is missing; get it from the repository")
     Path(args.results).parent.mkdir(parents=True, exist_ok=True)
+    wanted = [(exercise, name, *row_of(exercise, name, args.short)) for exercise in rows for name in rows[exercise]]
+    if args.mine is not None:
+        first = next(iter(rows))
+        flags = args.mine or ("--method vsd" if first == "teacher" else "")
+        flags = shortened(flags) if args.short else flags
+        wanted = [(first, "mine", flags, ("mine", "teacher") if first == "teacher" else ("mine",))]
+        if changes.texts(ROOT) == changes.pristine():
+            print("Your scripts are the pristine ones: only flags can make a difference.")
     measures = None
-    for seed in range(args.first_seed, args.seeds):
-        for exercise, name in ((exercise, name) for exercise in rows for name in rows[exercise]):
-            flags, names = row_of(exercise, name)
-            run = run_name(flags, names)
-            if (run, seed) in results(args.results):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        for exercise, name, flags, names in wanted:
+            run, now_hash = run_name(flags, names), hash_of(flags, names)
+            before = results(args.results).get((run, seed))
+            if before and before.get("hash") == now_hash:
                 continue
             print(f"\n--- {exercise}: {name}, seed {seed}", flush=True)
+            if before:
+                print(f"--- {args.results} has a line of other scripts or flags ({before.get('hash')}); it is trained anew")
             start = time.monotonic()
             folder = folder_of(flags, names, seed, args.results)
+            own = own_code(exercise) if "mine" in names else {}
             train(folder, flags, names, seed)
             measures = measures or measure.Measures("digits", WORK / STAGE1)
-            line = dict(run=run, seed=seed, **measured(folder, measures, seed))
+            line = dict(run=run, seed=seed, hash=now_hash, exercise=exercise, flags=flags, folder=str(folder.relative_to(WORK)),
+                        **measured(folder, flags, measures, seed), time=now(), seconds=round(time.monotonic() - start), **own)
             with open(args.results, "a") as file:
                 file.write(json.dumps(line) + "\n")
             print(f"--- {name}, seed {seed}: {time.monotonic() - start:.0f} s", flush=True)

@@ -134,7 +134,7 @@ def main():
     # Teacher, student, generator: three copies of stage 1. The data only gives the shape of the images.
     dataset = rt.main_first(lambda: data.load(args.data, resolution=args.resolution))
     torch.manual_seed(args.seed)
-    teacher = train_diffratio.load_init(args, dataset).requires_grad_(False)
+    teacher = pretrain.load_init(args, dataset).requires_grad_(False)
     config = dataclasses.replace(teacher.config, dropout=0.0)
     generator, student = networks.Denoiser(config), networks.Denoiser(config)
     nets = generator, student, teacher
@@ -181,19 +181,19 @@ def main():
 
 def cost(args, rt):
     """Print a line of JSON per method: GFLOP and seconds per image of an iteration of --batch images, and peak memory."""
-    import benchmark  # which imports this file
+    import gpu  # which imports this file
 
     config = networks.NETWORKS[args.cost]
     for method in ("diffratio", *METHODS):
         torch.manual_seed(0)
-        step = benchmark.stage_2(config, rt) if method == "diffratio" else benchmark.distillation(config, rt, method=method)
+        step = gpu.stage_2(config, rt) if method == "diffratio" else gpu.distillation(config, rt, method=method)
         with FlopCounterMode(display=False) as counter:
             step()
-        seconds, memory = benchmark.measure(step, rt.device, repeats=3)
+        seconds, memory = gpu.measure(step, rt.device, repeats=3)
         print(json.dumps(dict(
             network=args.cost, method=method, batch=args.batch, precision=rt.precision,
             gflop_per_image=counter.get_total_flops() / args.batch / 1e9, seconds_per_image=seconds / args.batch,
-            peak_memory_gb=memory, hardware=benchmark.hardware(rt.device))), flush=True)
+            peak_memory_gb=memory, hardware=gpu.hardware(rt.device))), flush=True)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def read_log(seed, noises, log=None):
         with reading(log, "a log.jsonl of stage 2", "give the one beside a ratio.pt"):
             last = json.loads(Path(log).read_text().splitlines()[-1])["bands"]
     rows = []
-    record, _ = training.stage2_line({"bands": sums, "generator_loss": torch.zeros(())}, 1)
+    record, _ = training.stage2_line({"bands": sums, "generator_loss": torch.zeros(()), "gradient": sums[:1]}, 1)
     for i, (band, found) in enumerate(record["bands"].items()):
         of_data, of_samples = (right[1:, i] / right[0, i]).tolist()
         row = {"sigma": band, "right, data": of_data, "right, samples": of_samples, "right": found["accuracy"]}

@@ -370,7 +370,7 @@ FREE_FLAGS = {  # may change when a run is resumed; only kimg changes its result
     "preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg",
     "save_kimg", "fid_every", "fid_images", "fid_reference", "fid_features", "inception",
 }
-FORMAT = 2  # of checkpoint.pt
+FORMAT = 3  # of checkpoint.pt
 
 
 class Run:
@@ -468,6 +468,14 @@ class Run:
         for name, value in values.items():
             self.sums[name] = value.detach().double() + self.sums.get(name, 0)
 
+    def add_gradient(self, sigma, fake):
+        """In the backward pass add the size of each sample's gradient to its noise level's sum."""
+        def add(grad):
+            size = grad.flatten(1).norm(dim=1).nan_to_num(0, 0, 0)  # fp16 skips infinite steps
+            self.add(gradient=by_band(sigma, size[None]))
+
+        fake.register_hook(add)
+
     def _rows(self):
         """{name: the sums of each rank, [ranks, ...] float64}, for a resumption to the last bit."""
         mine = torch.arange(self.rt.world_size, device=self.rt.device) == self.rt.rank
@@ -546,11 +554,17 @@ def band_sums(sigma, h_real, h_fake):
 
     Rows: number of logits, how many are right, binary cross-entropy, logit, logit squared.
     """
-    band = sum(sigma > edge for edge in BANDS)
     h, margin = torch.stack([h_real, h_fake]).double(), torch.stack([h_real, -h_fake]).double()
     right = (margin > 0) + 0.5 * (margin == 0)
     values = torch.stack([torch.ones_like(h), right, F.softplus(-margin), h, h * h]).sum(dim=1)
-    return values.new_zeros(5, len(BANDS) + 1).index_add_(1, band, values)
+    return by_band(sigma, values)
+
+
+def by_band(sigma, values):
+    """Sums of values [k, N] at noise levels sigma [N] over the images of each band, [k, bands]."""
+    band = sum(sigma > edge for edge in BANDS)
+    sums = torch.zeros(len(values), len(BANDS) + 1, dtype=torch.float64, device=values.device)
+    return sums.index_add_(1, band, values.double())
 
 
 def stage2_line(sums, images):
@@ -558,16 +572,19 @@ def stage2_line(sums, images):
 
     generator_loss: the divergence's; it says that the run is alive, not how good the samples are.
     ratio_loss: ln 2 = 0.693 where data and samples cannot be told apart; ratio_accuracy: 0.5 there.
-    bands: the same by noise level, and mean and deviation of the logit h. High accuracy at small
-    sigma, late in a run on few images: the ratio network has memorised them.
+    bands: the same by noise level, mean and deviation of the logit h, and the band's share of the
+    generator's gradient on the samples (summed norms). High accuracy at small sigma, late in a run
+    on few images: the ratio network has memorised them.
     """
     names = [f"<{BANDS[0]}", *(f"{a}-{b}" for a, b in zip(BANDS, BANDS[1:])), f">{BANDS[-1]}"]
     bands = {}
-    for name, (n, *values) in zip(names, sums["bands"].T.tolist()):
+    shares = (sums["gradient"][0] / sums["gradient"].sum()).tolist()
+    for name, share, (n, *values) in zip(names, shares, sums["bands"].T.tolist()):
         if n:
             right, loss, h, h2 = (value / n for value in values)
             std = max(h2 - h * h, 0) ** 0.5
-            bands[name] = dict(accuracy=right, loss=loss, logit_mean=h, logit_std=std)
+            bands[name] = dict(accuracy=right, loss=loss, logit_mean=h, logit_std=std,
+                               gradient_share=share)
     n, right, loss, *_ = sums["bands"].sum(dim=1).tolist()
     record = dict(generator_loss=sums["generator_loss"].item() / images, ratio_loss=loss / n,
                   ratio_accuracy=right / n, bands=bands)

@@ -17,6 +17,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
 from machinery import checkpoints  # noqa: E402
 from machinery import training  # noqa: E402
 
+
+@pytest.fixture(params=["cpu", *["cuda"] * torch.cuda.is_available()])
+def device(request):
+    """"cpu" and, where there is one, "cuda", with the settings that the scripts make for it: no TF32."""
+    training.start(request.param)
+    return request.param
+
+
 @pytest.fixture
 def one_thread():
     """Sums in one order, so that equal runs are equal to the last bit."""
@@ -62,7 +70,8 @@ def stage1(tmp_path_factory):
     return out
 
 
-SHORT = ["--device", "cpu", "--kimg", "0.256", "--batch", "32", "--grid-kimg", "100"]  # eight steps
+# Eight steps. A later --device takes precedence.
+SHORT = ["--device", "cpu", "--precision", "fp32", "--kimg", "0.256", "--batch", "32", "--grid-kimg", "100"]
 
 
 def weights(path):

@@ -68,20 +68,27 @@ def images_and_labels(images, labels):
     return {**files, "dataset.json": json.dumps({"labels": list(zip(files, map(int, labels)))})}
 
 
-def error_of(spec, cache=None):
-    """The message with which `spec` is refused; it is one line."""
+def error_of(spec, cache=None, labels=False):
+    """The message with which `spec`, or its labels alone, are refused; it is one line."""
+    if labels:
+        dataset = data.load(spec, cache)
+        assert dataset.labels is None and dataset.label_dim == 0
     with pytest.raises(UserError) as caught:
-        data.load(spec, cache)
+        dataset.require_labels() if labels else data.load(spec, cache)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_digits_are_embedded():
+def test_digits_are_embedded_a_folder_of_that_name_is_pointed_out(tmp_path, monkeypatch, capsys):
     digits = data.load("digits")
     assert (len(digits), digits.resolution, digits.channels, digits.label_dim) == (1797, 8, 1, 10)
     assert digits.images.max() == 255 and len(np.unique(digits.images)) == 17
     assert digits.class_frequencies() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert digits.classes is None and "test set" in error_of("digits:test")
+    make(tmp_path / "digits", {"0.png": png(RGB[0])})
+    monkeypatch.chdir(tmp_path)
+    assert len(data.load("digits")) == 1797 and "./digits" in capsys.readouterr().err
+    assert len(data.load("./digits")) == 1 and not capsys.readouterr().err
 
 
 @mapped_or_in_memory
@@ -232,9 +239,10 @@ def cifar10(path, n=4, **replace):
 
 
 def test_cifar10_and_other_forms_of_it_name_the_archive_to_give(tmp_path):
-    """Other forms: the Python version, and damaged files."""
+    """Other forms: the Python version, an unpacked folder of either, and damaged files."""
     archive, bad = tmp_path / "cifar10" / "cifar-10-binary.tar.gz", tmp_path / "bad"
-    make(tmp_path, {"cifar10/x": "", "bad/text.tar.gz": "this is text"})
+    make(tmp_path, {"cifar10/x": "", "bad/text.tar.gz": "this is text",
+                    "bad/python/data_batch_1": "...", "bad/binary/data_batch_1.bin": "..."})
     images, labels = cifar10(archive)
     train = data.load("cifar10", cache=tmp_path)  # found in the cache folder, so not downloaded
     assert train.images.flags.c_contiguous  # so that a batch is read in one piece per image
@@ -251,29 +259,44 @@ def test_cifar10_and_other_forms_of_it_name_the_archive_to_give(tmp_path):
         assert path.name in message and "give cifar-10-binary.tar.gz" in message
 
 
-def test_links_are_followed_and_suffixes_may_be_in_upper_case(tmp_path):
-    folder = make(tmp_path / "set", {"0.png": PNG, "1.JFIF": png(RGB[0], "JPEG"), "a.txt": ""})
-    make(tmp_path, {"far/2.png": png(RGB[3])})
-    (folder / "far").symlink_to(tmp_path / "far")
-    assert len(data.load(folder)) == 3
-    files = {"0.png": PNG, "1.JFIF": png(RGB[0], "JPEG"), "a.HEIC": ""}
-    assert len(data.load(make(tmp_path / "set.zip", files).rename(tmp_path / "set.ZIP"))) == 2
+def test_each_folder_is_read_once_and_files_that_are_not_read_are_named(tmp_path, capsys):
+    up, far = tmp_path / "up", tmp_path / "far"
+    folder = make(up / "set", {"0.png": png(RGB[0]), "sub/1.png": png(RGB[1])})
+    make(tmp_path, {"up/other.png": png(RGB[2]), "far/2.png": png(RGB[3])})
+    for name, target in dict(self=folder, parent=up, twice=folder / "sub", far=far).items():
+        (folder / name).symlink_to(target)
+    assert np.array_equal(data.load(folder).images, RGB[[0, 3, 1]])  # 0, far/2, sub/1
+    files = {"0.png": PNG, "1.JFIF": png(RGB[0], "JPEG"), "a.HEIC": "", "b.heic": "", "c.psd": ""}
+    for name in ("other", "set.ZIP"):
+        assert len(data.load(make(tmp_path / name.lower(), files).rename(tmp_path / name))) == 2
+        assert "3 files not read: .heic .psd" in capsys.readouterr().err
 
 
 @folder_or_zip
 @pytest.mark.parametrize("names, spelled, labels, classes", [
     *[([top + n for n in ("dog/x/1.png", "cat/1.png", "ant/b.png", "dog/0.png")], None,
        [0, 1, 2, 2], ["ant", "cat", "dog"]) for top in ("", "pets/", "some/where/")],
-    (["pets/a/0.png", "pets/e.png", "pets/z/1.png"],
-     [["z/1.png", 1], ["e.png", 0], ["a/0.png", 2], ["a/more.png", 2]], [2, 0, 1], None),
+    (["pets/a/0.png", "pets/e\u0301.png", "pets/z/1.png"],  # decomposed, as macOS writes it
+     [["a\\0.png", 2], ["\u00e9.png", 0], ["./z/1.png", 1]], [2, 0, 1], None),
 ])
 def test_labels_from_class_folders_or_a_json(tmp_path, kind, names, spelled, labels, classes):
-    """The dataset.json may lie one folder down and be in another order."""
+    """The dataset.json may lie one folder down and spell names differently."""
     files = {name: png(image) for name, image in zip(names, RGB)}
     files |= {"pets/dataset.json": json.dumps({"labels": spelled})} if spelled else {}
     dataset = data.load(make(tmp_path / kind, files))
     assert dataset.labels.tolist() == labels and dataset.classes == classes
     assert dataset.class_frequencies() == [labels.count(label) for label in range(3)]
+
+
+def test_classes_without_images_are_left_out_where_labels_are_asked_for(capsys):
+    dataset = data.Dataset("gaps", GRAY, np.array([9, 3, 3, 9, 3, 3]))
+    assert dataset.label_dim == 10
+    dataset.require_labels()
+    assert dataset.labels.tolist() == [1, 0, 0, 1, 0, 0] and dataset.labels.dtype == np.int64
+    assert dataset.class_frequencies() == [4, 2] and dataset.classes == ["3", "9"]
+    assert "only classes 3 9 have images" in capsys.readouterr().err
+    dataset.require_labels()
+    assert not capsys.readouterr().err
 
 
 def test_bytes_to_network_and_back():
@@ -293,7 +316,7 @@ def test_latents_are_mean_plus_std_times_noise_then_normalised(tmp_path):
     arrays = np.concatenate([mean, std], axis=1).astype(np.float32)
     files = {f"00000/img-mean-std-{i}.npy": npy(a) for i, a in enumerate(arrays)}
     files["dataset.json"] = json.dumps({"labels": [[n, i] for i, n in enumerate(files)]})
-    dataset = data.load(make(tmp_path / "latents.zip", files))
+    dataset = data.load(path := make(tmp_path / "latents.zip", files))
     assert dataset.is_latent and np.array_equal(dataset.images, arrays)
     assert (dataset.resolution, dataset.channels, dataset.label_dim) == (8, 4, 3)
     raw, labels = dataset.batch([2, 0])
@@ -305,8 +328,10 @@ def test_latents_are_mean_plus_std_times_noise_then_normalised(tmp_path):
     assert torch.allclose(x[0, 1], torch.from_numpy((channel - 3.25) / 4.62 * 0.5), atol=1e-6)
     mean = data.denormalise_latents(dataset.to_model(raw, "cpu"))
     assert torch.allclose(mean, raw[:, :4], atol=1e-5)
-    with pytest.raises(UserError, match="flip"):
-        dataset.to_model(raw, "cpu", flip=torch.ones(2) > 0)
+    for refused, call in (("flip", lambda: dataset.to_model(raw, "cpu", flip=torch.ones(2) > 0)),
+                          ("latents.zip: latents cannot be res", lambda: data.load(path, None, 8))):
+        with pytest.raises(UserError, match=refused):
+            call()
 
 
 def test_fingerprint_depends_on_shape_and_content_only():
@@ -412,42 +437,58 @@ def test_npz_is_what_numpy_reads_and_what_exists_stays(tmp_path):
         yield GRAY, None
         raise KeyboardInterrupt
 
+    latents = np.ones((2, 4, 8, 8), np.float32)
     data.write_images([(GRAY, np.arange(6))], tmp_path / "a.npz")
+    data.write_images([(latents, None)], tmp_path / "b.npz")
     make(tmp_path, {"mine.png": "precious"})
     for parts, out, error in (
         (stopped(), "a.npz", KeyboardInterrupt), (stopped(), "folder", KeyboardInterrupt),
+        ([(latents, None)], "folder", UserError),
         (None, ".", UserError), (None, "mine.png", UserError),  # before images are asked for
     ):
         with pytest.raises(error, match=None if parts else "exists already"):
             data.write_images(parts, tmp_path / out)
-    with np.load(tmp_path / "a.npz") as a:
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
         assert np.array_equal(a["arr_0"], GRAY) and a["arr_1"].tolist() == list(range(6))
+        assert np.array_equal(b["latents"], latents) and b.files == ["latents"]
     assert (tmp_path / "mine.png").read_bytes() == b"precious"
-    assert sorted(os.listdir(tmp_path)) == ["a.npz", "mine.png"]
+    assert sorted(os.listdir(tmp_path)) == ["a.npz", "b.npz", "mine.png"]
+
+
+def png_header(size, depth, colours):
+    """A PNG with nothing but its header, the only place that tells 16 bits of RGB from 8."""
+    fields = size.to_bytes(4, "big") * 2 + bytes([depth, colours, 0, 0, 0])
+    file = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", fields), (b"IDAT", b""), (b"IEND", b"")):
+        file += len(content).to_bytes(4, "big") + kind + content
+        file += zlib.crc32(kind + content).to_bytes(4, "big")
+    return file
 
 
 BOTH, IMAGES, LABELS = "set set.zip", "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte"
-PNG, JSON, DEPTH = png(RGB[0]), "dataset.json", ["convert it to 8 bits"]
+PNG, JSON, NO, DEPTH = png(RGB[0]), "dataset.json", ["has no labels"], ["convert it to 8 bits"]
 IDX, LATENT = idx_folder(GRAY[..., 0], range(6)), npy(np.zeros((8, 8, 8), np.float32))
 NOISE = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
 np.savez(SAVED := io.BytesIO(), NOISE)
 np.savez_compressed(PACKED := io.BytesIO(), NOISE)
 NPZ = SAVED.getvalue(), PACKED.getvalue()
-BAD_FILES = [
+NAMES = "00000/0.png 00001/1.png", "cat/0.png cat/1.png", "cat/0.png 1.png", "0.png 1.png"
+BAD_IMAGES = [
     (BOTH, {"notes.txt": "no image"}, ["0 images"]),
     (BOTH, {"a.png": PNG, "b.png": png(NOISE[0, :9, :9])},
      ["b.png", "[9, 9, 3]", "a.png", "[8, 8, 3]", "--resolution"]),
-    (BOTH, {"a.png": png(RGB[0, :, :6])}, ["a.png", "[1, 8, 6, 3]", "square", "--resolution"]),
+    (BOTH, {"a.png": png(RGB[0, :, :6])}, ["a.png", "6x8", "square", "--resolution"]),
     (BOTH, {"a.png": "this is text"}, ["a.png", "not an image"]),
     (BOTH, {"a.png": png(NOISE[0])[:5000]}, ["a.png", "truncated"]),
-    (BOTH, {"a.png": png(Image.new("I;16", (8, 8)))}, DEPTH),
+    (BOTH, {"a.png": png_header(14000, 8, 2)}, ["a.png: too large"]),  # not damaged
+    *[(BOTH, {"a.png": png_header(8, 16, colours)}, DEPTH) for colours in (0, 2, 4, 6)],
     *[(BOTH, {"a.tif": png(Image.new(mode, (8, 8)), "TIFF")}, DEPTH) for mode in ("F", "I;16")],
     (BOTH, {"a.png": PNG, "b.npy": LATENT}, ["1 images", "1 latents"]),
     (BOTH, {"a.npy": npy(np.zeros((4, 8, 8), np.float32))}, ["a.npy", "[N, 8, h, h]"]),
     (BOTH, {"a.npy": LATENT, "b.npy": npy(np.zeros((8, 4, 4), np.float32))},
      ["b.npy", "[8, 4, 4]", "[8, 8, 8]"]),
     *[(BOTH, {"a.npy": content}, ["a.npy"]) for content in (LATENT[:200], pickle.dumps([1]))],
-    ("a.npz", {"mu": np.eye(4), "sigma": np.eye(4)}, ["arr_0 is not a file"]),
+    ("a.npz", {"mu": np.eye(4), "sigma": np.eye(4)}, ["holds ['mu', 'sigma'], but no images"]),
     *[("a.npz", {"arr_0": np.zeros(shape, np.uint8)}, [words]) for shape, words in (
         ((2, 8, 8, 4), "[2, 8, 8, 4]"), ((8, 8), "[8, 8]"), ((0, 8, 8, 3), "no images"),
         ((2, 8, 9, 3), "square"))],
@@ -458,37 +499,35 @@ BAD_FILES = [
         (IDX[IMAGES][:-20], "ended before"), (b"this is no gzip file", "gzip"),
         (gzip.compress(gzip.decompress(IDX[IMAGES])[:-1]), "size 383"),
         (gzip.compress(b"\0\0\x08\x03" + b"\xff" * 12), "damaged"))],
-    *[(BOTH, {"a.png": PNG, "b.png": PNG, JSON: f'{{"labels": [["a.png", {text}'}, [words])
+    ("set", IDX | {IMAGES: None}, [f"has no {IMAGES[:-3]}"]),
+]
+BAD_LABELS = [
+    *[(BOTH, {"a.png": PNG, "b.png": PNG, JSON: f'{{"labels": [["a.png", {text}'}, [JSON, words])
       for text, words in (
-        ('1], ["c.png", 0]]}', "1 images without a label, 'b.png' among them"),
-        ('1], ["b.png", -1]]}', "integer from 0"), ('1], ["b.png", 1.5]]}', "integer from 0"),
-        ('[1, 0]], ["b.png", [0, 1]]]}', "labels int64 [2, 2]"),
-        ('1], 2]}', "dataset.json: not of the form"), ("", "dataset.json: not of the form"))],
+        ('1], ["c.png", 0]]}',
+         "1 images without a label ['b.png'], 1 labels without an image ['c.png']"),
+        ('1], ["b.png", -1]]}', "b.png is -1"), ('1], ["b.png", 1.5]]}', "b.png is 1.5"),
+        ('[1, 0]], ["b.png", [0, 1]]]}', "a.png is [1, 0]"),
+        ('1], ["b.png", 0], ["./a.png", 0]]}', "a.png is listed with two labels"),
+        ('1], 2]}', "not of the form"), ("", "not of the form"))],
     (BOTH, {"a.png": PNG, JSON: '{"classes": []}'}, [JSON, "not of the form"]),
+    *[(BOTH, dict.fromkeys(names.split(), PNG), NO) for names in NAMES],  # 00000: write_images
+    (BOTH, {"cat/0.png": PNG, "dog/1.png": PNG, JSON: '{"labels": null}'}, NO),
     *[("a.npz", {"arr_0": RGB[:2], "arr_1": np.array(labels)}, [words]) for labels, words in (
         ([0, 0, 0], "labels int64 [3] do not match 2 images"), ([0, -1], "an integer from 0"),
         ([0, 0.5], "an integer from 0"))],
     ("set", IDX | {LABELS: IDX[LABELS][:-1]}, [LABELS, "size 5"]),
     ("set", IDX | {LABELS: idx(np.arange(5))}, ["labels uint8 [5] do not match 6 images"]),
-    ("set", IDX | {LABELS: None}, [LABELS]),
+    ("set", IDX | {LABELS: None}, [f"has no {LABELS}"]),
 ]
-UNLABELLED = [dict.fromkeys(["cat/0.png", "cat/1.png"], PNG) | {JSON: '{"labels": null}'},
-              dict.fromkeys(["cat/0.png", "1.png"], PNG), dict.fromkeys(["0.png", "1.png"], PNG)]
 
 
-@folder_or_zip
-@pytest.mark.parametrize("files", UNLABELLED)
-def test_images_without_labels(tmp_path, kind, files):
-    dataset = data.load(make(tmp_path / kind, files))
-    assert dataset.labels is None and dataset.label_dim == 0
-    with pytest.raises(UserError, match="has no labels"):
-        dataset.require_labels()
-
-
-@pytest.mark.parametrize("kinds, files, words", BAD_FILES)
-def test_bad_input_is_named(tmp_path, kinds, files, words):
+@pytest.mark.parametrize("labels, kinds, files, words", [
+    *[(False, *case) for case in BAD_IMAGES], *[(True, *case) for case in BAD_LABELS],
+])
+def test_bad_input_is_named_labels_where_they_are_asked_for(tmp_path, labels, kinds, files, words):
     for kind in kinds.split():
-        message = error_of(make(tmp_path / kind, files))
+        message = error_of(make(tmp_path / kind, files), labels=labels)
         assert all(word in message for word in [kind, *words]), message
 
 
@@ -509,7 +548,7 @@ def test_archives_are_checked_and_nothing_is_executed_nor_extracted(tmp_path, mo
     attack = np.array([Attack(os.mkdir, "executed")])  # numpy pickles arrays of objects
     for key in ("arr_0", "arr_1"):
         make(tmp_path / "evil.npz", {"arr_0": RGB[:1], "arr_1": np.zeros(1, int), key: attack})
-        message = error_of(tmp_path / "evil.npz")
+        message = error_of(tmp_path / "evil.npz", labels=key == "arr_1")
         assert "evil.npz" in message and "Object arrays" in message
         assert not (tmp_path / "executed").exists()
     files = {"x/../../a.png": PNG, "../up.png": PNG, "/abs.png": png(RGB[1])}

@@ -125,7 +125,7 @@ def test_the_verifier_chooses_what_sample_chooses():
 
 def test_verifier_measures_and_continues(call, refused, tiny, tmp_path, monkeypatch, capsys):
     classifier, results = verifier.measure.classifier, tmp_path / "r.jsonl"
-    monkeypatch.setattr(classifier, "load", lambda dataset: classifier.Classifier(1, 8, 10).eval().requires_grad_(False))
+    monkeypatch.setattr(classifier, "load", lambda dataset, device: classifier.Classifier(1, 8, 10).eval().requires_grad_(False))
     for name, value in dict(CANDIDATES=(1, 2), SIGMAS=(0.5,), CHECK_IMAGES=50).items():
         monkeypatch.setattr(verifier, name, value)
     args = ["--pretrained", tiny, "--samples", "32", "--pool", "80", "--steps", "2", "--results", results, "--recipes", "blind"]

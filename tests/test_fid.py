@@ -20,7 +20,7 @@ from scipy.spatial.distance import cdist
 
 import fid
 import networks
-from benchmark import inception_shapes  # in exercises/
+from gpu import inception_shapes  # in exercises/
 from machinery import checkpoints, data, training
 from machinery.files import UserError
 
@@ -70,13 +70,14 @@ def own_caches(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
 
-def pass_over(features, logits=None, batch=64):
+def pass_over(features, logits=None, batch=64, device="cpu"):
     """`fid.measure` of images that have these features [n, d] and logits [n, 1008] or None."""
     def function(indices):
-        return features[indices], None if logits is None else logits[indices]
+        return tuple(t if t is None else t.to(device)[indices] for t in (features, logits))
     tag = "test" if logits is None else "inception test"
-    extractor = fid.Extractor("a test", tag, features.shape[1], None, ONE_RANK.device, function)
-    return fid.measure(extractor, list, len(features), ONE_RANK, batch)
+    extractor = fid.Extractor("a test", tag, features.shape[1], None,
+                              torch.device(device), function)
+    return fid.measure(extractor, list, len(features), training.start(device), batch)
 
 
 def npz(path, **arrays):
@@ -128,25 +129,25 @@ def test_distance_of_a_set_from_itself(n):
     assert 0 <= fid.frechet_distance(a, b) < 1e-6
 
 
-def test_one_pass_gives_moments_and_rows(monkeypatch):
+def test_one_pass_gives_moments_and_rows(monkeypatch, device):
     """NumPy's moments, also far from 0; all rows in order, or always the same choice of them."""
-    rows = 100 + np.random.default_rng(0).normal(size=(257, 12))
+    rows = 1e6 + np.random.default_rng(0).normal(size=(257, 12))  # plain sums lose every digit
     features = torch.from_numpy(rows)
-    every = pass_over(features, batch=20)[0]
+    every = pass_over(features, batch=20, device=device)[0]
     for found in (every, fid.Statistics.of(features, "test")):
         assert found.n == 257
         np.testing.assert_allclose(found.mu, rows.mean(0), rtol=1e-13)  # 257 roundings: 6e-14
-        # Squares of 1e4 are off by eps 1e4 = 2e-12 each; features in float32 by 8e-6.
-        np.testing.assert_allclose(found.sigma, np.cov(rows, rowvar=False), rtol=0, atol=1e-9)
+        # A difference of features is off by eps 1e6 = 2e-10, and counts times another one, 3.
+        np.testing.assert_allclose(found.sigma, np.cov(rows, rowvar=False), rtol=0, atol=1e-8)
     assert np.array_equal(every.rows, rows.astype(np.float32))
     monkeypatch.setattr(fid, "PAIRS_LIMIT", 20)
-    some, other = (pass_over(features, batch=batch)[0].rows for batch in (257, 7))
+    some, other = (pass_over(features, batch=batch, device=device)[0].rows for batch in (257, 7))
     places = cdist(some, every.rows).argmin(axis=1)
     assert np.array_equal(some, other) and np.array_equal(some, every.rows[places])
     assert len(set(places)) == 20 and places.max() > 171
 
 
-def test_kernel_distance_by_definition():
+def test_kernel_distance_by_definition(device):
     """Without the pairs of a point with itself: no bias, so that some values are negative."""
     x, y = np.random.default_rng(0).normal(size=(2, 6, 4))
 
@@ -155,7 +156,8 @@ def test_kernel_distance_by_definition():
     for other in (y, x):
         within = sum(kernel(a, a)[~np.eye(6, dtype=bool)].mean() for a in (x, other))
         expected = within - 2 * kernel(x, other).mean()
-        mean, std = fid.kernel_distance(torch.from_numpy(x), torch.from_numpy(other))
+        rows = (torch.from_numpy(side).to(device) for side in (x, other))
+        mean, std = fid.kernel_distance(*rows)
         assert mean == pytest.approx(expected, abs=1e-13) and std < 1e-13  # each subset is the set
     assert mean < 0  # of a set from itself: the sign is kept
 
@@ -168,6 +170,8 @@ def test_kernel_distance_over_subsets():
     assert std > 0.01 and abs(mean - whole) < 4 * std / 900**0.5
     first, again, other = (fid.kernel_distance(x, y, size=20, seed=seed) for seed in (0, 0, 1))
     assert first == again != other
+    with pytest.raises(UserError, match="at least 2 images"):
+        fid.kernel_distance(x[:1], y)
 
 
 @pytest.mark.parametrize("k, expected", [(1, (2 / 4, 1 / 4)), (2, (2 / 4, 4 / 4))])
@@ -183,35 +187,38 @@ def test_precision_and_recall_on_a_line(k, expected):
     assert fid.precision_recall(reference + far, samples + far, k) == expected
 
 
-def test_precision_and_recall_by_definition():
+def test_precision_and_recall_by_definition(device):
     """The same counts as from all distances at once. 3000 points take two chunks."""
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(3000, 3)), 0.8 * rng.normal(size=(2500, 3)) + 0.3
     radius_a, radius_b = (np.sort(cdist(x, x), axis=1)[:, 3] for x in (a, b))
     d = cdist(b, a)
     expected = (d <= radius_a).any(1).mean(), (d <= radius_b[:, None]).any(0).mean()
-    found = fid.precision_recall(torch.from_numpy(a), torch.from_numpy(b))
+    found = fid.precision_recall(*(torch.from_numpy(side).to(device) for side in (a, b)))
     assert found == pytest.approx(expected, abs=1e-12)
     assert all(0.5 < share < 0.99 for share in expected)
 
 
-def test_equal_points_are_in_each_others_balls():
+def test_equal_points_are_in_each_others_balls(device):
     """Also in balls of radius 0, in any order: rounding errors are not distances."""
     rows = torch.randn(1003, 2048, generator=torch.Generator().manual_seed(0)) + 30
     rows[:500] = rows[:50].repeat(10, 1)  # balls of radius 0
+    rows = rows.to(device)
     assert fid.precision_recall(rows, rows.flip(0)) == (1, 1)
     assert fid.precision_recall(rows, rows[:4])[0] == 1
-    same = torch.full((5, 3), 0.1)
+    same = torch.full((5, 3), 0.1, device=device)
     assert fid.precision_recall(same, same + 1e-3) == (0, 0)
+    with pytest.raises(UserError, match="at least 4 images"):
+        fid.precision_recall(same[:3], same)
 
 
-def test_inception_score():
+def test_inception_score(device):
     """Ten contiguous splits in the order given, with the population's standard deviation.
 
     Predictions that say nothing score 1; certain ones, spread evenly over K classes, score K.
     """
     def score(logits):
-        return pass_over(torch.randn(len(logits), 1), logits, batch=7)[1]
+        return pass_over(torch.randn(len(logits), 1), logits, batch=7, device=device)[1]
     certain = 1e4 * torch.eye(1008)
     # Sums over 1008 classes of p ln p, 7 in all, are off by 1008 eps 7 = 2e-12 at most.
     assert score(torch.zeros(40, 1008)) == pytest.approx((1, 0), abs=1e-11)
@@ -223,24 +230,24 @@ def test_inception_score():
 
 
 @pytest.mark.parametrize("h, w, size", [(8, 8, 299), (5, 7, 37), (64, 50, 37), (37, 37, 37)])
-def test_resize_is_tensorflow_1(h, w, size):
+def test_resize_is_tensorflow_1(h, w, size, device):
     """Linear in each axis, without a half-pixel shift; np.interp clamps at the far edge."""
     images = np.random.default_rng(0).integers(0, 256, (2, h, w, 3), np.uint8)
     maps = [[np.interp(np.arange(size) * n / size, np.arange(n), pixel) for pixel in np.eye(n)]
             for n in (h, w)]
     expected = np.einsum("nhwc,hi,wj->nijc", images.astype(np.float64), *maps, optimize=True)
-    resized = fid.resize_tf1(torch.from_numpy(images), size).numpy()
+    resized = fid.resize_tf1(torch.from_numpy(images).to(device), size).cpu().numpy()
     # A float32 position up to 64 is off by 64 * 2^-23 pixels at most, in two axes, by 255 levels.
     assert np.abs(resized - expected).max() < 4e-3
 
 
-def test_features_and_logits_equal_another_implementation(weights):
+def test_features_and_logits_equal_another_implementation(weights, device):
     """Projections of what torch-fidelity 0.4.0 gives in float64 with the same random weights.
 
     An average that counts the padding, the wrong pool in 7b or 7c, another resize or another eps of
     BatchNorm are off by 0.3 or more. Gray images are taken as three equal channels.
     """
-    inception, found = fid.inception(ONE_RANK, weights), []
+    inception, found = fid.inception(training.start(device), weights), []
     expected = torch.tensor([
         [-23.052959, 13.485928, 12.640119, -7.283963, -44.854845, -44.270556],
         [-22.130392, 12.972211, 13.691726, -7.495573, -42.945262, -42.962137]], dtype=torch.double)
@@ -249,7 +256,7 @@ def test_features_and_logits_equal_another_implementation(weights):
     assert features.dtype == torch.float32
     for x in (features, logits):
         waves = torch.outer(torch.arange(x.shape[1]), torch.arange(1, 4)).double().cos()
-        found.append(x.double() @ waves)
+        found.append(x.cpu().double() @ waves)
     # 2048 features of size 0.6, each off by 1e-6 of that after 48 float32 layers: 1e-3 if all
     # errors had one sign.
     torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=5e-3)
@@ -284,8 +291,8 @@ def test_damaged_weights(weights, tmp_path):
 
 def test_sides_without_a_distance(tmp_path):
     """NVIDIA's files hold mu [2048] and sigma, and nothing else: they go with Inception only."""
-    def side(tag, sigma=np.eye(2048)):
-        return fid.Statistics(np.zeros(len(sigma)), sigma, tag)
+    def side(tag, sigma=np.eye(2048), name="good"):
+        return fid.Statistics(np.zeros(len(sigma)), sigma, tag, name=name)
     path = npz(tmp_path / "cifar10-32x32.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     published = fid.Statistics.load(path)
     assert published.n is None and published.rows is None
@@ -297,16 +304,24 @@ def test_sides_without_a_distance(tmp_path):
         message = f"{len(a.mu)} features .* {len(b.mu)} of the kind '{b.features}'.*one network"
         with pytest.raises(UserError, match=message):
             fid.frechet_distance(a, b)
+    with pytest.raises(UserError, match="does not say which features"):
+        fid.Statistics.load(npz(tmp_path / "small.npz", mu=np.zeros(64), sigma=np.eye(64)))
+    good, bad = side("test", np.eye(2)), side("test", np.array([[1.0, 2], [2, 1]]), "bad")
+    for pair in ((bad, bad), (bad, good), (good, bad)):
+        with pytest.raises(UserError, match="bad: .*negative eigenvalues"):
+            fid.frechet_distance(*pair)
 
 
 @pytest.mark.parametrize("key, values", [
-    ("sigma", [np.eye(7), np.full((8, 8), np.nan)]),
-    ("mu", [np.zeros((8, 1)), np.float64(0)]), ("rows", [np.ones((9, 7), "f"), np.ones(8, "f")]),
+    ("sigma", [np.eye(7), np.eye(8).astype("U"), np.full((8, 8), np.nan), np.tri(8), -np.eye(8)]),
+    ("mu", [np.zeros((8, 1)), np.full(8, np.inf), np.float64(0)]),
+    ("rows", [np.ones((9, 7), "f"), np.ones(8, "f"), np.ones((9, 8)), np.float32([8 * [np.nan]])]),
 ])
 def test_damaged_statistics(key, values, tmp_path):
+    message = r"float32 rows \[m, 8\]" if key == "rows" else r"float64 \[d\] and a covariance"
     for value in values:
         arrays = dict(mu=np.zeros(8), sigma=np.eye(8), features="test") | {key: value}
-        with pytest.raises(UserError, match="stats.npz: "):
+        with pytest.raises(UserError, match=f"stats.npz: .*expected finite {message}"):
             fid.Statistics.load(npz(tmp_path / "stats.npz", **arrays))
 
 
@@ -320,7 +335,7 @@ def test_reference_statistics_are_computed_once(network, recwarn):
     extractor.function = None  # a second computation would fail
     again = fid.reference_statistics(extractor, dataset, ONE_RANK)
     assert all(np.array_equal(value, vars(again)[key]) for key, value in vars(first).items())
-    assert again.n == 60 and again.features == extractor.tag
+    assert again.n == 60 and again.hash == dataset.fingerprint() and again.features == extractor.tag
     assert np.array_equal(again.rows, features) and len(again.mu) == 32 and not recwarn.list
 
 
@@ -366,10 +381,10 @@ test_fid.training.run(lambda: None)
 
 
 @pytest.mark.parametrize("samples, reference, message", [
-    (pictures(4, 16, 1), None, r"\[16, 16, 1\], but .* has \[8, 8, 1\]"),
-    (pictures(4, 8, 1), dict(arr_0=pictures(4, 16, 1)), r"reference.npz: images .*\[16, 16, 1\]"),
+    (pictures(4, 16, 1), None, r"\[16, 16, 1\], but .* is for \[8, 8, 1\]"),
+    (pictures(4, 8, 1), dict(arr_0=pictures(4, 16, 1)), "8x8, .*reference.npz has 16x16"),
     (pictures(4, 8, 1), dict(mu=np.zeros(2048), sigma=np.eye(2048)), "from one network"),
-    (np.zeros((4, 8, 1, 1), np.float32), None, "no latents"),
+    (np.zeros((4, 8, 1, 1), np.float32), None, "holds latents"),
 ])
 def test_sizes_before_training(samples, reference, message, network, tmp_path, monkeypatch):
     monkeypatch.setattr(fid.sample, "latent_decoder", lambda *args: len)
@@ -382,8 +397,8 @@ def test_sizes_before_training(samples, reference, message, network, tmp_path, m
 @pytest.fixture
 def command(call, capsys):
     """Run `fid.py` with arguments and --json: (its result, standard error)."""
-    def run(*arguments):
-        call(fid, *arguments, "--json")
+    def run(*arguments, device="cpu"):
+        call(fid, *arguments, "--json", "--device", device)
         out, err = capsys.readouterr()
         return json.loads(out), err
     return run
@@ -399,13 +414,29 @@ def test_command_with_inception(command, weights, tmp_path):
     assert all(result[key] is None for key in PAIRS)  # which take four images or more
     assert result["fid"] > 0 and result["is_mean"] == pytest.approx(1)  # three splits of one
     assert (result["n_samples"], result["n_reference"]) == (3, 2)
-    assert "3 images; published numbers use 50,000" in err
-    assert result["features"].startswith("inception sha256:")
+    assert "3 samples images; published numbers use 50,000" in err
+    assert "6726825d" in err and result["features"] != fid.INCEPTION_TAG
     saved = fid.Statistics.load(stats)
     assert (saved.n, saved.name, saved.features) == (2, b, result["features"])
+    assert saved.hash == data.load(b).fingerprint()
 
 
-@pytest.mark.parametrize("name, tag", [("b.npz", "test"), ("b.pkl", fid.INCEPTION_TAG)])
+def test_statistics_with_some_of_the_images(command, network, tmp_path):
+    """ADM's VIRTUAL_*.npz: FID uses mu and sigma, the other measures the images; it is said."""
+    whole, stats = pictures(40, 8, 1, seed=2), tmp_path / "stats.npz"
+    samples = npz(tmp_path / "samples.npz", arr_0=pictures(30, 8, 1))
+    full, some = (npz(tmp_path / f"{n}.npz", arr_0=whole[:n]) for n in (40, 8))
+    fids, _ = command(samples, full, "--features", network, "--save-stats", stats)
+    moments = {key: np.load(stats)[key] for key in ("mu", "sigma", "features")}
+    both = npz(tmp_path / "both.npz", **moments, arr_0=whole[:8])
+    (found, err), (pairs, _) = (command(samples, b, "--features", network) for b in (both, some))
+    assert found["fid"] == pytest.approx(fids["fid"], rel=1e-6) and found["n_reference"] is None
+    assert [found[key] for key in PAIRS] == [pairs[key] for key in PAIRS]
+    assert abs(found["fid"] / pairs["fid"] - 1) > 0.01
+    assert "both.npz: FID of its mu and sigma" in err
+
+
+@pytest.mark.parametrize("name, tag", [("b.npz", "test"), ("b.pkl", "inception")])
 def test_command_with_statistics_on_both_sides(name, tag, command, tmp_path):
     """Needs no network and no images: |mu_a - mu_b|^2 + d (2 - 1)^2.
 
@@ -423,13 +454,14 @@ def test_command_with_statistics_on_both_sides(name, tag, command, tmp_path):
     assert all(result[key] is None for key in PAIRS)
 
 
-def test_command_with_pairs(command, call, capsys, network, tmp_path):
+def test_command_with_pairs(command, call, capsys, network, tmp_path, device):
     """KID, precision and recall of images, cached and saved statistics; not of others' ones."""
     a = npz(tmp_path / "a.npz", arr_0=pictures(40, 8, 1))
     b = npz(tmp_path / "b.npz", arr_0=pictures(60, 8, 1, seed=2) // 2)
     stats, bare, results = tmp_path / "stats.npz", tmp_path / "bare.npz", []
     for reference in (b, b, stats):
-        result, err = command(a, reference, "--features", network, "--save-stats", stats)
+        args = a, reference, "--features", network, "--save-stats", stats
+        result, err = command(*args, device=device)
         results.append([result[key] for key in PAIRS])
         assert err == ""
     extractor = fid.network_features(ONE_RANK, network)
@@ -440,20 +472,20 @@ def test_command_with_pairs(command, call, capsys, network, tmp_path):
     for pair in ((a, bare), (bare, a), (bare, bare)):
         result, _ = command(*pair, "--features", network)
         assert all(result[key] is None for key in PAIRS) and result["fid"] >= 0
-        call(fid, *pair, "--features", network)
-        assert not re.search("kid|precision|recall|None", capsys.readouterr().out)
+        call(fid, *pair, "--features", network, "--device", "cpu")
+        assert not re.search("KID|precision|recall|None", capsys.readouterr().out)
 
 
-def test_a_set_against_itself(call, capsys, network, tmp_path):
+def test_a_set_against_itself_is_measured_once(call, capsys, network, tmp_path):
     """Precision and recall are 1, also of another file; each side keeps its own name."""
     a, b = (npz(tmp_path / f"{name}.npz", arr_0=pictures(60, 8, 1)) for name in "ab")
     stats = tmp_path / "stats.npz"
-    call(fid, a, b, "--features", network, "--save-stats", stats)
+    call(fid, a, b, "--features", network, "--save-stats", stats, "--device", "cpu")
     out, err = capsys.readouterr()
-    assert err == "" and "is_mean" not in out
-    assert out.startswith(f"FD (stage 1) of {a} from {b}\nfid ")
-    assert re.search(r"precision +1\nrecall +1\nn_samples +60\n", out)
-    assert fid.Statistics.load(stats).name == b
+    assert err == "" and "IS " not in out and out.startswith("FD (stage 1) ")
+    assert re.search(r"KID +\S+ ± \S+\nprecision +1\nrecall +1\n"
+                     rf"samples +60 images, {a}\nreference +60 .* {b}\n", out)
+    assert fid.Statistics.load(stats).name == b and not (tmp_path / "cache").exists()
 
 
 def test_count_and_resolution(command, network, tmp_path):
@@ -468,10 +500,10 @@ def test_count_and_resolution(command, network, tmp_path):
 
 
 @pytest.mark.parametrize("samples, message", [
-    (dict(arr_0=pictures(1, 8, 1)), "samples.npz: FID needs two images or more"),
+    (dict(arr_0=pictures(1, 8, 1)), "samples.npz: has 1 image; a covariance needs at least 2"),
     (dict(arr_0=pictures(0, 8, 1)), "no images"),
-    (dict(arr_0=pictures(4, 8, 3)), r"\[8, 8, 3\], but .* has \[8, 8, 1\]"),
-    (dict(arr_0=pictures(4, 16, 1)), r"\[16, 16, 1\], but .* has \[8, 8, 1\]"),
+    (dict(arr_0=pictures(4, 8, 3)), r"\[8, 8, 3\], but .* is for \[8, 8, 1\]"),
+    (dict(arr_0=pictures(4, 16, 1)), "different sizes: .*16x16, digits has 8x8; give --resolution"),
     (dict(arr_0=pictures(4, 8, 1).astype(np.float32)), "uint8"),
     (dict(mu=np.zeros(4)), "not a readable .npz of statistics `mu` and `sigma`"),
     (dict(mu=np.zeros(2048), sigma=np.eye(2048)), "both sides must come from one network"),
@@ -486,7 +518,7 @@ def test_bad_input_is_one_line(samples, message, call, capsys, network, tmp_path
     elif samples is not None:
         path.write_bytes(samples)
     with pytest.raises(SystemExit) as stop:
-        call(fid, path, "digits", "--features", network)
+        call(fid, path, "digits", "--features", network, "--device", "cpu")
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == ""
     assert err.count("\n") == 1 and re.search(message, err), err

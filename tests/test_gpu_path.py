@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from test_networks import ARCHITECTURES, small
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import networks
@@ -23,7 +24,7 @@ import train_diffratio
 from machinery import data, training
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "exercises"))
-import benchmark  # noqa: E402
+import gpu  # noqa: E402
 import memory  # noqa: E402
 
 
@@ -42,7 +43,7 @@ def test_attention_reaches_the_fused_kernels(architecture, memory_format, monkey
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     net = networks.Denoiser(small(architecture)).to(memory_format=memory_format)
     net(torch.randn(2, 3, 16, 16), torch.ones(2))
-    assert seen == [1, 1, 1, 1]  # 1: flash attention, 0: math
+    assert seen == [SDPBackend.FLASH_ATTENTION.value] * 4
 
 
 class Log(TorchDispatchMode):
@@ -107,7 +108,7 @@ def test_memory_of_imagenet_64_is_within_half_a_gigabyte_an_image():
     assert 0.3e9 < per_image <= 0.5e9 and fixed == pytest.approx(8.4e9, rel=0.05)
 
 
-@pytest.mark.parametrize("iteration", [benchmark.stage_1, benchmark.stage_2])
+@pytest.mark.parametrize("iteration", [gpu.stage_1, gpu.stage_2])
 @pytest.mark.parametrize("preset", list(train_diffratio.PRESETS))
 def test_an_iteration_at_full_width_never_waits_for_the_device(preset, iteration, monkeypatch):
     """On `meta`, asking for a value (`.item()`) or an operand on another device is an error."""
@@ -170,7 +171,7 @@ def test_each_network_is_compiled_once_per_batch_size(architecture, monkeypatch)
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     config, rt = small(architecture, label_dim=3), training.Runtime(torch.device("cpu"), batch=2)
-    for iteration, expected in ((benchmark.stage_1, 1), (benchmark.stage_2, 3)):
+    for iteration, expected in ((gpu.stage_1, 1), (gpu.stage_2, 3)):
         torch._dynamo.reset()
         counters.clear()
         graphs.clear()

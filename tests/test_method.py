@@ -175,30 +175,30 @@ def test_denoiser_of_a_point_mass_has_no_loss_and_heun_lands_on_it():
     torch.testing.assert_close(images, x, atol=1e-6, rtol=0)  # float64 inside: one float32 rounding
 
 
-def test_a_network_trained_on_one_image_approaches_its_known_denoiser():
+def test_a_network_trained_on_one_image_approaches_its_known_denoiser(device):
     """Stage 1 on a single image: D(x0 + sigma eps; sigma) comes close to x0 at all noise levels."""
     torch.manual_seed(0)
-    x0 = torch.rand(1, 1, 8, 8) - 0.5
+    x0 = (torch.rand(1, 1, 8, 8) - 0.5).to(device)
     net = Denoiser(Config(img_resolution=8, img_channels=1, model_channels=32, channel_mult=(1,),
-                          num_blocks=1, attn_resolutions=()))
+                          num_blocks=1, attn_resolutions=())).to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     x = x0.expand(32, 1, 8, 8)
     for _ in range(120):
-        sigma = (torch.randn(32) * 1.2 - 1.2).exp()
-        pretrain.denoising_loss(net, x, sigma, torch.randn(32, 1, 8, 8)).mean().backward()
+        sigma, eps = (torch.randn(32) * 1.2 - 1.2).exp().to(device), torch.randn(32, 1, 8, 8)
+        pretrain.denoising_loss(net, x, sigma, eps.to(device)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    sigma = torch.tensor([0.2, 1.0, 5.0])
+    sigma, eps = torch.tensor([0.2, 1.0, 5.0]).to(device), torch.randn(3, 1, 8, 8).to(device)
     with torch.no_grad():
-        error = net(x0 + sigma[:, None, None, None] * torch.randn(3, 1, 8, 8), sigma) - x0
+        error = net(x0 + sigma[:, None, None, None] * eps, sigma) - x0
     assert error.square().mean().sqrt() < 0.15  # the image has 0.28; six seeds reached 0.06 to 0.10
 
 
-def test_heun_reaches_a_known_gaussian_and_its_error_falls_with_the_square_of_the_steps():
+def test_heun_reaches_a_known_gaussian_and_its_error_falls_with_the_square_of_the_steps(device):
     """The flow of N(mean, std^2) data is linear: x(0) - mean = (x(sigma_max) - mean)
     std / sqrt(std^2 + sigma_max^2)."""
     mean, std, sigma_max = 0.3, 0.25, 80.0
-    z = torch.randn(64, 1, 4, 4, generator=torch.manual_seed(0))
+    z = torch.randn(64, 1, 4, 4, generator=torch.manual_seed(0)).to(device)
     exact = mean + std / math.sqrt(std**2 + sigma_max**2) * (sigma_max * z - mean)
     net = GaussianDenoiser(mean, std)
     error = {n: (sample.heun(net, z, steps=n) - exact).std().item() for n in (18, 36, 72)}
@@ -216,7 +216,7 @@ def test_noise_levels_fall_from_sigma_max_to_zero_and_one_step_is_the_denoiser_a
     torch.testing.assert_close(sample.one_step(net, z, None, 2.5), expected)
 
 
-def test_resampling_by_the_exact_ratio_moves_the_generator_to_the_data():
+def test_resampling_by_the_exact_ratio_moves_the_generator_to_the_data(device):
     """One pixel; q = N(0, 1), p = N(0.5, 0.8^2), read at a small noise level."""
     net = GaussianDenoiser(0, 1e6)  # returns its noise
     net.about = {"role": "generator", "t_init": 1.0}
@@ -227,7 +227,7 @@ def test_resampling_by_the_exact_ratio_moves_the_generator_to_the_data():
         return log_p - log_normal(x.flatten(), 0, (1 + sigma**2).sqrt())
 
     (x, _, size), (plain, _, _) = (
-        sample.choose(net, exact_ratio, range(4000), 0, "cpu", candidates=n, sigma=0.05)
+        sample.choose(net, exact_ratio, range(4000), 0, device, candidates=n, sigma=0.05)
         for n in (8, 1))
     # Each image has its own seed, so other CPUs draw the same. Mean of 4000: 0.016 by chance;
     # 8 candidates: 0.05 too low.

@@ -145,12 +145,15 @@ def test_other_files_are_named_for_what_they_are(tmp_path):
         return write_published(path, network, **changes).read_bytes()
 
     for content, expected in (
-        (changed(embedding_type="fourier"), "in loading state_dict"),
-        (changed(channel_mult=[1, 2, 2]), "in loading state_dict"), (changed(img_resolution=15), "15"),
+        (changed(decoder_type="skip"), "decoder_type='skip' is not implemented"),
+        (changed(encoder_type="residual"), "encoder_type='residual' is not implemented"),
+        (changed(channel_mult=[1, 2, 2]), "do not fit"), (changed(img_resolution=15), "15"),
         (changed(model_type="Transformer"), "Transformer is not implemented"),
-        (b"", "damaged"), (b"\x80\x04", "damaged"), (pickle.dumps([1]), "a pickle without"),
-        (pickle.dumps({"fid": 1, "fd": 2}), "without.*; give a network-snapshot-.*pkl"),
-        (saved({"net": theirs, "optimizer_state": {}}), "holds more than tensors and plain data"),
+        (changed(colour="red"), "colour='red' is not implemented"),
+        (b"", "damaged"), (b"\x80\x04", "damaged"), (pickle.dumps([1]), "a pickle of list, with"),
+        (pickle.dumps({"fid": 1, "fd": 2}), "of fid, fd, without.*; give a network-snapshot-.*pkl"),
+        (saved({"net": theirs, "optimizer_state": {}}), "a training state of EDM; give the netw"),
+        (saved({"state": EasyDict(cur_nimg=0)}), "a training state of EDM; give the network-snap"),
         (whole[:-100], "damaged .*; restore a copy, or delete it and train again"),
         (whole[:5000] + b"?" + whole[5001:], "damaged .*; restore a copy, or delete it and train"),
     ):

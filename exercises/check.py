@@ -1,0 +1,351 @@
+"""Check your change of code in seconds: what it does, not which numbers come out.
+
+    python exercises/check.py 5            says which of the variants (b) to (e) your train_diffratio.py is
+    python exercises/check.py 5 c          says whether it is (c)
+    python exercises/check.py 1            plane_blank.py; --script FILE checks another file
+
+Exercises 3, 5 and 8 run your script for two iterations of eight images and watch each optimizer step: which samples and which
+noise the ratio network was asked about, after how many of its own steps, and which tensors moved. Exercises 1, 2, 7 and 10
+take your functions and differentiate them. Prints what was seen and what was wanted. Exit code 0: right; 1: not yet.
+"""
+
+import argparse
+import contextlib
+import io
+import runpy
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(HERE)]
+from machinery import checkpoints, training  # noqa: E402
+from machinery.files import UserError  # noqa: E402
+import networks  # noqa: E402
+
+STAGE1 = str(ROOT / "assets" / "digits-stage1.pt")
+FLAGS = [*"--batch 8 --kimg 1 --ratio-steps 1 --device cpu --precision fp32 --init".split(), STAGE1]
+LIMIT = 1e-5  # how far two images may differ by rounding
+
+
+class Enough(BaseException):
+    """Two iterations are done."""
+
+
+# ---- What a script does ------------------------------------------------------------------------------
+
+
+class Watch:
+    """Runs a script for some iterations. `steps`: a dict for each optimizer step, see `step`. `starts`: weights at the start.
+
+    Everything is told from the tensors: an image noised at level sigma is samples[i] + sigma * draws[j] for one i and j.
+    """
+
+    def __init__(self, script, iterations=2):
+        self.draws, self.samples, self.steps, self.starts, self.versions = [], [], [], {}, []
+        self.iterations, self.asked, self.inside = iterations, [], None
+        with contextlib.ExitStack() as stack:
+            for owner, name, wrapped in (
+                    (training.Runtime, "randn", self.randn), (training.Optimizer, "step", self.step), (training.Run, "advance", self.advance),
+                    (networks.Denoiser, "forward", self.denoise), (networks.RatioNetwork, "forward", self.ask)):
+                original = getattr(owner, name)
+                stack.callback(setattr, owner, name, original)
+                setattr(owner, name, lambda *args, original=original, wrapped=wrapped, **more: wrapped(original, *args, **more))
+            stack.callback(setattr, sys, "argv", sys.argv)
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+            sys.argv = [str(script), *FLAGS, "--outdir", folder]
+            try:
+                runpy.run_path(str(script), run_name="student")["main"]()
+            except Enough:
+                pass
+            except Exception as error:
+                where = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(script)]
+                raise UserError(f"{script} fails in line {where[-1] if where else '?'}: "
+                                f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
+
+    def advance(self, original, *args):
+        original(*args)
+        self.iterations -= 1
+        if not self.iterations:
+            raise Enough
+
+    def randn(self, original, rt, *shape):
+        numbers = original(rt, *shape)
+        if shape:
+            self.draws.append(numbers.detach().clone())
+        return numbers
+
+    def denoise(self, original, net, x, sigma, labels=None):
+        y = original(net, x, sigma, labels)
+        if net.training:  # the generator, not its average
+            made = len([step for step in self.steps if step["who"] == "generator"])
+            self.samples.append(dict(images=y.detach().clone(), made=made, z=self.draw(x / sigma[:, None, None, None])))
+        return y
+
+    def ask(self, original, net, x, sigma, labels=None):
+        if self.inside is not None:
+            now = networks_sum(net)
+            self.asked.append((x.detach().clone(), sigma.detach().clone(), now))
+        return original(net, x, sigma, labels)
+
+    def draw(self, eps):
+        """Number of the draw that `eps` is, or None."""
+        return next((i for i, known in enumerate(self.draws) if known.shape == eps.shape and close(known, eps, 1e-4)), None)
+
+    def origin(self, x, sigma):
+        """(number of the samples, of the draw) that noised images x [n, C, H, W] consist of; None where neither fits."""
+        s = sigma[:, None, None, None]
+        for i, sample in reversed(list(enumerate(self.samples))):
+            for j, eps in enumerate(self.draws):
+                if eps.shape == x.shape and close(sample["images"] + s * eps, x, LIMIT * (1 + s)):
+                    return i, j
+        return None, None
+
+    def step(self, original, optimizer, lr, objective, *tensors):
+        net, self.asked, self.inside = optimizer.net, [], True
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        who = "ratio" if isinstance(net, networks.RatioNetwork) else "generator"
+        if who not in self.starts:
+            self.starts[who] = before
+        result, self.inside = original(optimizer, lr, objective, *tensors), None
+        moved = {name for name, p in net.named_parameters() if not torch.equal(before[name], p.detach())}
+        beta1 = optimizer.adam.param_groups[0]["betas"][0]
+        found = dict(who=who, moved=moved, beta1=beta1, samples=None, noise=None, version=None)
+        if self.asked:
+            x, sigma, version = self.asked[-1]
+            if who == "ratio":
+                self.versions = self.versions or [version]
+                x, sigma = x.chunk(2)[1], sigma.chunk(2)[1]  # the second half is samples
+                self.versions.append(networks_sum(net))
+            found["samples"], found["noise"] = self.origin(x, sigma)
+            known = [i for i, sum_ in enumerate(self.versions) if sum_ == version]
+            found["version"] = known[-1] if known else None
+        self.steps.append(found)
+        return result
+
+
+def networks_sum(net):
+    """A number that tells two states of a network apart."""
+    return hash(tuple(p.detach().double().sum().item() for p in net.parameters()))
+
+
+def close(a, b, limit):
+    return bool(((a - b).abs() <= limit).all())
+
+
+# ---- Exercises ---------------------------------------------------------------------------------------
+# Each yields (what, seen, wanted, hint); equal seen and wanted are right.
+
+
+AS_IT_IS = {  # what a script does: (as it is, hint)
+    "samples of the generator's step": ("those of the ratio's step", "which z makes `fake`, and where is it drawn?"),
+    "noise of the generator's step": ("a new draw", "which eps reaches generator_optimizer.step?"),
+    "ratio network that the generator follows": (
+        "as its step left it", "which weights does `ratio` hold when generator_optimizer.step runs?"),
+    "samples of the ratio's step": (
+        "of the present generator", "which `fake` reaches ratio_optimizer.step, and when was it made?"),
+    "generator": ("moves", "samples without a graph (detached, or made without one) move nothing"),
+    "beta1 of generator and ratio": ("0 and 0", "these variants leave Adam as it is"),
+}
+SAMPLES, NOISE, FOLLOWED, SEEN, *_ = AS_IT_IS
+ORDERS = {
+    "a": {}, "b": {SAMPLES: "others than in the ratio's step"}, "c": {NOISE: "that of the ratio's step"},
+    "d": {FOLLOWED: "as it was 1 step before"},
+    "e": {SEEN: "of the generator 1 step before", SAMPLES: "others than in the ratio's step"},
+}
+
+
+def order(watch):
+    """What the last iteration did, with the questions of AS_IT_IS: {question: answer}."""
+    steps = {step["who"]: step for step in watch.steps}
+    if steps.keys() != {"ratio", "generator"} or None in (step["samples"] for step in steps.values()):
+        raise UserError("both networks must step, on samples of the generator plus sigma times a draw of rt.randn")
+    ratio, generator = steps["ratio"], steps["generator"]
+    of_ratio, of_generator = (watch.samples[step["samples"]] for step in (ratio, generator))
+    same = ratio["samples"] == generator["samples"] or of_ratio["z"] == of_generator["z"] is not None
+    behind = of_generator["made"] - of_ratio["made"]
+    lag = None if generator["version"] is None else len(watch.versions) - 1 - generator["version"]
+    return dict(zip(AS_IT_IS, (
+        "those of the ratio's step" if same else "others than in the ratio's step",
+        "that of the ratio's step" if generator["noise"] == ratio["noise"] else "a new draw",
+        {0: "as its step left it", None: "in a state that no step left"}.get(lag, f"as it was {lag} step before"),
+        f"of the generator {behind} step before" if behind else "of the present generator",
+        "moves" if generator["moved"] else "does not move",
+        f"{generator['beta1']:g} and {ratio['beta1']:g}")))
+
+
+def check_order(script, variant):
+    """Exercise 5."""
+    if variant and variant not in ORDERS:
+        raise UserError(f"exercise 5 has variants a to e, not {variant}; (f) and (g) are flags")
+    found, usual = order(Watch(script)), {question: answer for question, (answer, _) in AS_IT_IS.items()}
+    if not variant:
+        print("".join(f"  {question}: {answer}\n" for question, answer in found.items()), end="")
+        fits = next((letter for letter, change in ORDERS.items() if found == usual | change), "none of a to e")
+        return [("your script is", fits, fits if fits in ORDERS and fits != "a" else "one of b, c, d, e",
+                 "`check.py 5 b` says what differs from (b)")]
+    wanted = usual | ORDERS[variant]
+    return [(question, found[question], wanted[question], hint) for question, (_, hint) in AS_IT_IS.items()]
+
+
+def check_start(script, variant):
+    """Exercise 3: the generator starts from random weights, the ratio network from stage 1."""
+    watch, denoiser = Watch(script, 1), checkpoints.load_network(STAGE1, role="denoiser")
+    ratio = networks.RatioNetwork(denoiser.config)
+    ratio.load_encoder(denoiser)
+    for who, net, wanted in (("generator", denoiser, "random weights"), ("ratio", ratio, "stage 1")):
+        known, start = net.state_dict(), watch.starts[who]
+        shared = [name for name in start if start[name].dim() > 1 and "head" not in name]  # norms start alike
+        share = sum(torch.equal(start[name], known[name]) for name in shared) / len(shared)
+        seen = "stage 1" if share > 0.9 else "random weights" if share < 0.1 else f"stage 1 for {share:.0%} of its tensors"
+        yield f"{who} starts from", seen, wanted, f"which line of main fills the {who} with weights?"
+
+
+def check_head(script, variant):
+    """Exercise 8: only the head of the ratio network is trained."""
+    watch = Watch(script)
+    parts = {step["who"]: sorted({name.split(".")[0] for name in step["moved"]}) for step in watch.steps}  # of the last steps
+    yield ("parts of the ratio network that move", " and ".join(parts["ratio"]) or "none", "head",
+           "which tensors require a gradient in block 1?")
+    yield ("generator", "moves" if parts["generator"] else "does not move", "moves",
+           "the generator's step needs a graph through the ratio network")
+
+
+F_OF_U = {
+    "dijs": lambda u: 0.5 * (u * u.log() - (u + 1) * ((u + 1) / 2).log()), "dikl": lambda u: u * u.log(),
+    "dirm": lambda u: (1 + u) * (1 + u).log() - u, "fkl": lambda u: -u.log(),
+    "jeffreys": lambda u: (u - 1) * u.log(), "hellinger": lambda u: (u.sqrt() - 1) ** 2, "lecam": lambda u: (u - 1) ** 2 / (u + 1),
+}
+
+
+def judge_divergence(name, loss):
+    """(what, seen, wanted, hint) of the slope of loss(h) against that of f'(exp(-h)), and of its value at large |h|."""
+    h = torch.linspace(-4, 4, 9, dtype=torch.float64, requires_grad=True)
+    u = (-h).exp()
+    first = torch.autograd.grad(F_OF_U[name](u).sum(), u, create_graph=True)[0]
+    truth = torch.autograd.grad(first.sum(), h)[0]
+    value = loss(h)
+    if value is Ellipsis:
+        return f"slope of {name}", "no line yet", "a line", f"{name}: f'(u), then u = exp(-h)"
+    if not value.requires_grad:
+        return f"slope of {name}", "no graph", "the slope of f'(exp(-h))", "the loss must be computed from h by torch"
+    found = torch.autograd.grad(value.sum(), h)[0]
+    i = (found - truth).abs().argmax().item()
+    if not torch.allclose(found, truth):
+        kind = ("the sign is wrong" if torch.allclose(found, -truth) else
+                "a constant factor is wrong" if torch.allclose(found * truth[0], truth * found[0]) else
+                "differentiate f by u first; only then put u = exp(-h)")
+        return f"slope of {name} at h = {h[i]:g}", f"{found[i]:.4g}", f"{truth[i]:.4g}", kind
+    far = torch.tensor([-200.0, 200.0], requires_grad=True)  # float32, as in training
+    there = loss(far)
+    slope = torch.autograd.grad(there.sum(), far)[0]
+    grows = {"fkl": (False, True), "jeffreys": (False, True), "hellinger": (False, True)}.get(name, (False, False))
+    bad = [h for h, v, s, large in zip(far.tolist(), there, slope, grows) if not large and not (v.isfinite() and s.isfinite())]
+    seen = f"not finite at h = {bad[0]:g}" if bad else "right, finite where f' is"
+    return name, seen, "right, finite where f' is", "exp overflows at 88.7: which function of PyTorch is ln(1 + exp(h))?"
+
+
+def check_divergences(script, variant):
+    """Exercise 2."""
+    table = functions(script)["DIVERGENCES"]
+    for name in ("jeffreys", "hellinger", "lecam"):
+        yield judge_divergence(name, table[name]) if name in table else (name, "no line yet", "a line", "the table of the page")
+
+
+def check_noise(script, variant):
+    """Exercise 7: ln sigma uniform between ln 0.05 and ln 5."""
+    student = functions(script)
+    new = [name for name in student["SETTINGS"]["noise"][2] if name not in ("lognormal", "karras")]
+    yield "new choices of the setting noise", len(new), 1, "SETTINGS, `noise`: the list of its choices"
+    rt, defaults = training.Runtime(torch.device("cpu"), batch=20_000), {n: s[0] for n, s in student["SETTINGS"].items()}
+    for name in new[:1]:
+        rt.seed(0)
+        log = student["noise_levels"](argparse.Namespace(**defaults | dict(noise=name)), rt).log()
+        ends, middle = [round(log.min().exp().item(), 2), round(log.max().exp().item(), 1)], log.median().exp().item()
+        yield f"least and greatest sigma of {name}", ends, [0.05, 5.0], "rt.rand() is uniform in [0, 1)"
+        yield "half of the levels are below", round(middle, 1), 0.5, "uniform in ln sigma, not in sigma"
+
+
+def check_vsd(script, variant):
+    """Exercise 10: the weight of a sample in `vsd_loss` is 1 or 1/sigma^2."""
+    sigma, rng = torch.tensor([0.1, 0.5, 1.0, 2.0]), torch.Generator().manual_seed(0)
+    fake, eps, right, wrong = (torch.randn(4, 1, 8, 8, generator=rng) for _ in range(4))
+    fake.requires_grad_(True)
+    loss = functions(script)["vsd_loss"](lambda *_: right, lambda *_: wrong, fake, sigma, eps)
+    weight = torch.autograd.grad(loss.sum(), fake)[0] / (wrong - right)
+    ones = weight.flatten(1).mean(dim=1)
+    seen = ("1" if torch.allclose(weight, torch.ones(())) else "1/sigma^2" if torch.allclose(ones, sigma**-2, rtol=1e-3)
+            else ", ".join(f"{w:.3g}" for w in ones) + " at sigma 0.1, 0.5, 1, 2")
+    yield "weight of a sample", seen, variant or ("1/sigma^2" if seen == "1/sigma^2" else "1"), "what does `direction` multiply?"
+
+
+def check_plane(script, variant):
+    """Exercise 1: plane_blank.py."""
+    student = functions(script)
+    for name in ("dijs", "dikl", "dirm", "fkl"):
+        yield judge_divergence(name, student["DIVERGENCES"][name])
+    h = torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True)
+    for name, sign, hint in (("data", -1, "the label is 1: minus ln P(data), P = sigmoid(h)"), ("samples", 1, "the label is 0")):
+        both = (h, 0 * h.detach()) if name == "data" else (0 * h.detach(), h)
+        value = student["ratio_loss"](*both)
+        seen = "no line yet"
+        if value is not Ellipsis and value is not None:
+            slope, wanted = torch.autograd.grad(value.sum(), h)[0], 0.5 * sign * (sign * h).sigmoid()
+            seen = "that of the cross-entropy" if torch.allclose(slope, wanted.detach()) else (
+                "twice that of the cross-entropy" if torch.allclose(slope, 2 * wanted.detach()) else
+                "of the wrong sign" if torch.allclose(slope, -wanted.detach()) else "another one")
+        yield f"slope of ratio_loss at {name}", seen, "that of the cross-entropy", hint + "; each side weighs one half"
+    fake, sigma, eps, asked = torch.ones(5, 2, requires_grad=True), torch.arange(5.0), torch.randn(5, 2), []
+
+    def ratio(x, sigma):
+        asked.append(x.detach())
+        return x.sum(1)
+
+    value, noised = student["generator_loss"](ratio, fake, sigma, eps, "dikl"), fake + sigma[:, None] * eps
+    seen = "no line yet"
+    if value is not Ellipsis and value is not None:
+        seen = ("the ratio is not asked about noised samples" if not asked or not torch.allclose(asked[0], noised) else
+                "no graph to the samples" if not value.requires_grad else
+                "f' of h at noised samples" if torch.allclose(value, -noised.sum(1)) else "another loss")
+    yield "generator_loss", seen, "f' of h at noised samples", "noise as in block 1 of the loop; the rest is in DIVERGENCES"
+
+
+def functions(script):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return runpy.run_path(str(script), run_name="student")
+
+
+CHECKS = {"1": (check_plane, HERE / "plane_blank.py"), "2": (check_divergences, ROOT / "train_diffratio.py"),
+          "3": (check_start, ROOT / "train_diffratio.py"), "5": (check_order, ROOT / "train_diffratio.py"),
+          "7": (check_noise, ROOT / "train_diffratio.py"), "8": (check_head, ROOT / "train_diffratio.py"),
+          "10": (check_vsd, HERE / "teacher.py")}
+
+
+def main():
+    parser = training.Parser(__doc__, dict(script=(None, "the file to check (default: the one that the page names)", str)))
+    parser.add_argument("exercise", help=f"one of {', '.join(CHECKS)}")
+    parser.add_argument("variant", nargs="?", help="of exercise 5: a to e; of 10: 1 or 1/sigma^2")
+    args = parser.parse_args()
+    if args.exercise not in CHECKS:
+        print(f"exercise {args.exercise}: no code to check; there are checks of {', '.join(CHECKS)}")
+        return
+    check, script = CHECKS[args.exercise]
+    script = Path(args.script or script).resolve()
+    right = True
+    print(f"exercise {args.exercise}{f' ({args.variant})' if args.variant else ''}: {script.name}", flush=True)
+    torch.set_num_threads(1)
+    for what, seen, wanted, hint in check(script, args.variant):
+        right = right and seen == wanted
+        print(f"  {what}: {seen}" + ("" if seen == wanted else f"\n      wanted: {wanted}\n      hint: {hint}"))
+    print("right" if right else "not yet")
+    if not right:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    training.run(main)

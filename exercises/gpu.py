@@ -1,0 +1,489 @@
+"""The first contact with a device, in one command: is it right, how fast is it, does it train?
+
+    python exercises/gpu.py                              everything; the page goes to gpu.md as it grows
+    python exercises/gpu.py --parts speed --preset cifar10 --batch 4 --device cpu
+
+Without CUDA it runs on the CPU what that can do in three minutes. Parts: `correctness` compares networks, training steps
+and features with the CPU in float64 or float32; `speed` times the functions that train on random images and weights, on
+which the speed does not depend, and beside them variational score distillation (VSD), which shows the cost of a teacher;
+`training` trains both stages and measures the samples. FLOP are those of matrix products and convolutions, as PyTorch
+counts them. `compiled` does the first two with torch.compile. Each part has a time limit; what it has no time for is named.
+"""
+
+import copy
+import dataclasses
+import datetime
+import functools
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
+import fid  # noqa: E402
+import memory  # noqa: E402
+import networks  # noqa: E402
+import pretrain  # noqa: E402
+import sample  # noqa: E402
+import teacher  # noqa: E402
+import train_diffratio  # noqa: E402
+from machinery import checkpoints, files, training  # noqa: E402
+
+STAGE1 = ROOT / "assets" / "digits-stage1.pt"
+
+# ---- What is measured --------------------------------------------------------------------------------
+
+
+class Batch:
+    """Random stand-ins for a batch of `rt.batch` images and all that is drawn in an iteration."""
+
+    def __init__(self, config, rt):
+        n, shape = rt.batch, (rt.batch, config.img_channels, config.img_resolution, config.img_resolution)
+        numbers = [torch.randn(shape) for _ in range(5)]  # drawn on the CPU: the same everywhere
+        self.x, self.z, self.eps, self.eps_fake, self.eps_generator = (t.to(rt.device) for t in numbers)
+        self.sigma, self.sigma_generator = (torch.randn(n).exp().to(rt.device) for _ in range(2))
+        self.labels = torch.zeros(n, dtype=torch.int64, device=rt.device) if config.label_dim else None
+
+
+def randomise(net):
+    """Random weights everywhere: what starts at zero would hide differences."""
+    for p in net.parameters():
+        p.data = torch.randn_like(p) * (0.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.3)
+    return net
+
+
+def build(kind, config, rt, compiled=False):
+    """A network of random weights, in training mode. Small ones are drawn on the CPU: the same on every device."""
+    with torch.device("cpu" if config.model_channels < 100 and rt.device.type == "cuda" else rt.device):
+        net = randomise(kind(config)).train()
+    return networks.place(net, rt.device, compiled)
+
+
+def stage_1(config, rt, compiled=False):
+    """Function that takes one step of stage 1 with `rt.batch` images."""
+    net = build(networks.Denoiser, config, rt, compiled)
+    ema, draw = copy.deepcopy(net), Batch(config, rt)
+    optimizer = training.Optimizer(net, rt, (0.9, 0.999))
+
+    def step():
+        optimizer.step(1e-4, lambda *part: [pretrain.denoising_loss(net, *part)], draw.x, draw.sigma, draw.eps, draw.labels)
+        networks.update_ema(ema, net, rt.batch, 500_000, rt.batch)
+
+    step.nets = [net]
+    return step
+
+
+def stage_2(config, rt, compiled=False):
+    """Function that takes one iteration of stage 2: a ratio step and a generator step."""
+    config = dataclasses.replace(config, dropout=0.0)
+    generator = build(networks.Denoiser, config, rt, compiled)
+    ratio = build(networks.RatioNetwork, config, rt, compiled)
+    ema, draw = copy.deepcopy(generator), Batch(config, rt)
+    generator_optimizer, ratio_optimizer = (training.Optimizer(net, rt, (0.0, 0.999)) for net in (generator, ratio))
+    ratio_objective = functools.partial(train_diffratio.ratio_loss, ratio)
+
+    def generator_objective(fake, sigma, eps, labels):
+        return [train_diffratio.generator_loss(ratio, fake, sigma, eps, "dijs", labels)]
+
+    def step():
+        ratio.requires_grad_(True)
+        fake = rt.in_parts(functools.partial(sample.one_step, generator), draw.z, draw.labels)
+        ratio_optimizer.step(1e-5, ratio_objective, draw.x, fake.detach(), draw.sigma, draw.eps, draw.eps_fake, draw.labels)
+        ratio.requires_grad_(False)
+        generator_optimizer.step(1e-5, generator_objective, fake, draw.sigma_generator, draw.eps_generator, draw.labels)
+        networks.update_ema(ema, generator, rt.batch, 500_000, rt.batch)
+
+    step.nets = [generator, ratio]
+    return step
+
+
+def distillation(config, rt, compiled=False, method="vsd"):
+    """Function that takes an iteration with a teacher, by `method` of exercises/teacher.py."""
+    config = dataclasses.replace(config, dropout=0.0)
+    nets = [build(networks.Denoiser, config, rt, compiled) for _ in range(3)]
+    nets[2].requires_grad_(False)  # generator, student, teacher
+    ema, draw = copy.deepcopy(nets[0]), Batch(config, rt)
+    optimizers = [training.Optimizer(net, rt, (0.0, 0.999)) for net in nets[:2]]
+    noises = (draw.sigma, draw.eps), (draw.sigma_generator, draw.eps_generator)
+
+    def step():
+        teacher.iteration(method, nets, optimizers, (1e-5, 1e-5), draw.z, draw.labels, 2.5, *noises)
+        networks.update_ema(ema, nets[0], rt.batch, 500_000, rt.batch)
+
+    return step
+
+
+def sampling(config, rt, compiled=False):
+    """Function that draws a batch in one step."""
+    net, draw = build(networks.Denoiser, config, rt, compiled).eval(), Batch(config, rt)
+    return lambda: rt.in_parts(functools.partial(sample.one_step, net), draw.z, draw.labels, graph=False)
+
+
+def heun(config, rt, compiled=False):
+    """Function that draws a batch by Heun's method with 18 steps."""
+    net, draw = build(networks.Denoiser, config, rt, compiled).eval(), Batch(config, rt)
+    return lambda: rt.in_parts(functools.partial(sample.heun, net), draw.z, draw.labels, graph=False)
+
+
+def inception_shapes():
+    """{name: shape} of the 472 tensors of the Inception weights."""
+    shapes = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
+    for line in Path(__file__).with_name("inception_shapes.txt").read_text().splitlines():
+        name, *shape = line.split()
+        shapes[f"{name}.conv.weight"] = tuple(map(int, shape))
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.bn.{key}"] = (int(shape[0]),)
+    return shapes
+
+
+def features(config, rt, compiled=False):
+    """Function that takes the Inception features of a batch, in float32, with weights of one."""
+    net = fid.Inception({k: torch.ones(shape) for k, shape in inception_shapes().items()}, rt.device)
+    net = torch.compile(net, dynamic=False) if compiled else net
+    pixels = config.img_resolution * (8 if config.architecture == "edm2" else 1)  # the images behind latents
+    images = torch.zeros(rt.batch, pixels, pixels, 3, dtype=torch.uint8, device=rt.device)
+    return lambda: net((fid.resize_tf1(images).permute(0, 3, 1, 2) - 128) / 128)
+
+
+MEASURED = {  # name of the row: the function that prepares it
+    "stage 1, step": stage_1,
+    "stage 2, iteration": stage_2,
+    "VSD, iteration": distillation,
+    "sampling, one step": sampling,
+    "sampling, Heun, 18 steps": heun,
+    "Inception features, fp32": features,
+}
+
+
+def peak_memory_gb(device):
+    """The most memory that was held: on a GPU by tensors, on the CPU by the process; NaN on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def measure(function, device, repeats):
+    """(median seconds, peak memory in GB) of one call of `function`, which was called before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak of this process
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds), peak_memory_gb(device)
+
+
+def hardware(device):
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    try:
+        name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+# ---- The page ----------------------------------------------------------------------------------------
+
+
+class Page:
+    """Lines of Markdown, printed and written to a file as they come; a clock for each part."""
+
+    def __init__(self, path):
+        self.file = open(path, "w")
+
+    def line(self, text=""):
+        print(text, flush=True)
+        self.file.write(text + "\n")
+        self.file.flush()
+
+    def part(self, title, columns, seconds):
+        """Start a table; `seconds` is the time limit of what follows."""
+        self.end = time.monotonic() + seconds
+        self.line(f"\n## {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+
+    def row(self, name, function):
+        """A row with the cells that function() returns, or with what kept it from returning."""
+        if time.monotonic() > self.end:
+            return self.line(f"| {name} | no time |")
+        try:
+            cells = function()
+        except Exception as error:  # the page is the report: the next row may still run
+            text = str(error).strip().splitlines() or [""]
+            cells = [f"**{type(error).__name__}: {text[0][:150]}**"]
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        self.line(f"| {name} | {' | '.join(map(str, cells))} |")
+
+
+# ---- Correctness -------------------------------------------------------------------------------------
+
+ARCHITECTURES = {"ddpmpp": 32, "ncsnpp": 32, "adm": 64, "edm2": 64}  # base channels
+LIMITS = {"fp32": (1e-4, 1e-3), "bf16": (0.05, 0.2), "fp16": (0.01, 0.05)}  # relative errors: output, gradients
+
+
+def small(architecture):
+    return networks.Config(architecture, 16, 3, 5, ARCHITECTURES[architecture], (1, 2), 1, (8,))
+
+
+def apart(found, wanted):
+    """|found - wanted| / |wanted| over all tensors of two lists."""
+    found, wanted = (torch.cat([t.detach().double().cpu().flatten() for t in side]) for side in (found, wanted))
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def verdict(error, limit):
+    return f"{error:.1e}" if error < limit else f"**{error:.1e}, above {limit:g}**"  # a NaN is above
+
+
+def network_check(architecture, rt, compiled):
+    """Errors of a network's output and gradients against the CPU in float64, relative."""
+    torch.manual_seed(0)
+    net = randomise(networks.UNet(small(architecture)))
+    x, c_noise, labels = torch.randn(8, 3, 16, 16), torch.randn(8), torch.arange(8) % 5
+
+    def run(net, x, c_noise, labels):
+        x = x.requires_grad_()
+        out = net(x, c_noise, labels)
+        grads = torch.autograd.grad(out.double().square().sum(), [x, *net.parameters()])
+        return out, grads
+
+    out, grads = run(copy.deepcopy(net).double(), x.double(), c_noise.double(), labels)
+    net = networks.place(net, rt.device, compiled)
+    with rt.autocast():
+        seen, seen_grads = run(net, *(t.to(rt.device) for t in (x, c_noise, labels)))
+    limits = LIMITS[rt.precision]
+    return verdict(apart([seen], [out]), limits[0]), verdict(apart(seen_grads, grads), limits[1])
+
+
+def iteration_check(iteration, rt):
+    """How far the weights after an iteration on this device are from the CPU's, as a share of the way they went."""
+    results = []
+    for where in (training.Runtime(torch.device("cpu"), batch=8), rt):
+        torch.manual_seed(0)
+        step = iteration(networks.NETWORKS["digits"], where)
+        before = [p.detach().cpu().clone() for net in step.nets for p in net.parameters()]
+        step()
+        after = [p.detach().cpu() for net in step.nets for p in net.parameters()]
+        results.append([b - a for a, b in zip(before, after)])
+    return [verdict(apart(results[1], results[0]), 0.05)]  # Adam's first step is the sign of each gradient
+
+
+def call(script, *arguments):
+    """Run a script of this project in a process of its own; return what it printed."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{script} failed")
+    return done.stdout
+
+
+def continuation_check(rt):
+    """The same for a run that was stopped and continued, against one that was not."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = "--init", STAGE1, "--batch", 32, "--lr-decay-kimg", 1, "--device", rt.device.type, "--precision", "fp32"
+        for name, lengths in (("straight", [0.256]), ("continued", [0.128, 0.256])):
+            for kimg in lengths:
+                call("train_diffratio.py", *flags, "--kimg", kimg, "--outdir", f"{folder}/{name}", "--grid-kimg", 100)
+        start = [*checkpoints.load_network(STAGE1).parameters()]
+        straight, continued = ([p - q for p, q in zip(checkpoints.load_network(f"{folder}/{name}/network.pt").parameters(),
+                                                      start)] for name in ("straight", "continued"))
+    return [verdict(apart(continued, straight), 0.05)]
+
+
+def feature_check(which, rt):
+    """Errors of the features of `which` against the CPU's, relative."""
+    images = torch.randint(256, (8, 8, 8, 1), dtype=torch.uint8)
+    if which == "stage 1":
+        seen, wanted = (fid.network_features(r, str(STAGE1))(images)[0] for r in (rt, training.Runtime(torch.device("cpu"))))
+    else:
+        state = {k: torch.rand(shape) + 0.5 if "var" in k else torch.randn(shape) / max(1, torch.Size(shape[1:]).numel()) ** 0.5
+                 for k, shape in inception_shapes().items()}
+        images = fid.resize_tf1(images.expand(-1, -1, -1, 3)).permute(0, 3, 1, 2) / 128 - 1
+        seen, wanted = (fid.Inception(state, device)(images.to(device))[0] for device in (rt.device, "cpu"))
+    return [verdict(apart([seen], [wanted]), 1e-4)]
+
+
+def attention_kernel(preset, rt):
+    """The kernel that PyTorch takes for the attention of a preset's network."""
+    seen, fused = set(), F.scaled_dot_product_attention
+
+    def attend(q, k, v):
+        seen.add(torch._fused_sdp_choice(q, k, v))
+        return fused(q, k, v)
+
+    config = networks.NETWORKS[pretrain.PRESETS[preset]["network"]]
+    F.scaled_dot_product_attention = attend
+    try:
+        sampling(config, dataclasses.replace(rt, batch=2, micro_batch=None))()
+    finally:
+        F.scaled_dot_product_attention = fused
+    return [", ".join({0: "**math**", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}.get(i, str(i)) for i in sorted(seen))]
+
+
+def network_rows(page, rt, compiled):
+    on_gpu = rt.device.type == "cuda"
+    for precision in ("fp32", "bf16", "fp16") if on_gpu and not compiled else ("fp32", "bf16"):
+        here = dataclasses.replace(rt, precision=precision)
+        for architecture in ARCHITECTURES:
+            torch._dynamo.reset()
+            page.row(f"{architecture}, {precision}{', compiled' * compiled}",
+                     lambda: network_check(architecture, here, compiled))
+
+
+def correctness(page, rt, seconds):
+    exact = dataclasses.replace(rt, precision="fp32", batch=8, micro_batch=None)
+    page.part("Correctness: relative errors against the CPU", ["", "error", "of the gradients"], seconds)
+    for iteration in (stage_1, stage_2):
+        page.row(f"weights after an iteration, {iteration.__name__}", lambda: iteration_check(iteration, exact))
+    for which in ("stage 1", "Inception"):
+        page.row(f"{which} features", lambda: feature_check(which, rt))
+    for preset in ("cifar10", "imagenet64", "imagenet512") if rt.device.type == "cuda" else ():
+        page.row(f"attention of {preset}, {rt.precision}", lambda: attention_kernel(preset, rt))
+    network_rows(page, rt, compiled=False)
+    page.row("a run stopped and continued", lambda: continuation_check(rt))
+
+
+# ---- Speed -------------------------------------------------------------------------------------------
+
+
+def matrix_rate(rt):
+    """FLOP/s of a large matrix product of random numbers in the precision of training."""
+    n, dtype = (8192, torch.bfloat16) if rt.device.type == "cuda" else (2048, torch.float32)
+    dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(rt.precision, dtype)
+    a, b = (torch.randn(n, n, device=rt.device, dtype=dtype) for _ in range(2))
+    a @ b
+    return 2 * n**3 / measure(lambda: a @ b, rt.device, 10)[0]
+
+
+def images_that_fit(page, preset, config, rt):
+    """The largest power of two up to 512 for which `memory.count` leaves 15 % of the device; a line says what it counted."""
+    if rt.device.type == "cpu":
+        return 32
+    total = torch.cuda.get_device_properties(rt.device).total_memory
+    fixed, per_image = memory.count(dataclasses.replace(config, dropout=0.0), 2048)
+    n = min(512, 2 ** (int((0.85 * total - fixed) / per_image).bit_length() - 1))
+    page.line(f"| {preset}: memory of stage 2 with {n} images, computed | | | | | {(fixed + n * per_image) / 1e9:.1f} |")
+    return n
+
+
+def speed(page, rt, presets, batch, seconds, repeats, compiled=False):
+    """A table of the time and memory of what trains and samples, preset by preset."""
+    on_gpu, rate = rt.device.type == "cuda", matrix_rate(rt)
+    page.part(f"Speed{', compiled' * compiled} ({rt.precision}; matrix products run at {rate / 1e12:.3g} TFLOP/s)",
+              ["", "images/s", "seconds", "TFLOP/s", "share of the matrix rate", "peak memory, GB"], seconds)
+    layouts, chosen = {"channels-last": torch.channels_last, "NCHW": torch.contiguous_format}, networks.memory_format
+
+    def cells(prepare, config, here):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        with FlopCounterMode(display=False) as counter:
+            prepare(config, here)()
+        function = prepare(config, here, compiled)
+        function()
+        seconds, memory_gb = measure(function, rt.device, 1 if prepare is heun else repeats)
+        flop = counter.get_total_flops()
+        return (f"{here.batch / seconds:.4g}", f"{seconds:.3g}", f"{flop / seconds / 1e12:.3g}",
+                f"{100 * flop / seconds / rate:.0f} %", f"{memory_gb:.1f}")
+
+    for preset in presets:
+        config = networks.NETWORKS[pretrain.PRESETS[preset]["network"]]
+        here = dataclasses.replace(rt, batch=batch or images_that_fit(page, preset, config, rt), micro_batch=None)
+        for name, prepare in MEASURED.items():
+            if compiled and prepare in (features, heun):
+                continue  # one is not compiled, the other is one step 35 times
+            for layout in layouts if on_gpu and prepare in (stage_1, stage_2) else ("",):
+                if layout:
+                    networks.memory_format = lambda *args, to=layouts[layout]: to
+                page.row(f"{preset}, {here.batch} images: {name}{layout and ', ' + layout}", lambda: cells(prepare, config, here))
+                networks.memory_format = chosen
+
+
+# ---- Training ----------------------------------------------------------------------------------------
+
+
+def train(page, rt, seconds):
+    """Both stages of Fashion-MNIST at full length if `seconds` allow, else of the digits, and the measures."""
+    page.part("Training, seed 0", ["", ""], seconds)
+    name, device = "fashion-mnist", ("--device", rt.device.type)
+    if rt.device.type == "cpu":
+        return page.line("| not run | `make demo` trains the digits on a CPU |")
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            call("pretrain.py", "--preset", name, "--kimg", 8, "--outdir", f"{folder}/try", *device)
+        except RuntimeError as error:  # no data here
+            page.line(f"| Fashion-MNIST | not run: {error} |")
+            name = "digits"
+        # A hundred times as much work follows, four parts of five of it in stage 2.
+        if name == "fashion-mnist" and (took := time.monotonic() - begin) * 100 > seconds:
+            page.line(f"| Fashion-MNIST | not run: 8 thousand images of stage 1 take {took:.0f} s |")
+            name = "digits"
+    lengths = {}
+    for script in ("pretrain.py", "train_diffratio.py"):
+        begin = time.monotonic()
+        page.row(f"{name}, {script}", lambda: [call(script, "--preset", name, *device).splitlines()[-2]])
+        lengths[script] = time.monotonic() - begin
+    page.line(f"| seconds of the two stages | {' and '.join(f'{s:.0f}' for s in lengths.values())} |")
+    with tempfile.TemporaryDirectory() as folder:
+        samples = f"{folder}/samples.npz"
+        page.row("samples", lambda: [call("sample.py", "--network", f"runs/{name}/dijs/network.pt", "--n", 5000,
+                                          "--out", samples, *device).splitlines()[-1]])
+        table = call("exercises/measure.py", name, "--pretrained", f"runs/{name}/pretrain/network.pt", f"one step={samples}")
+    page.line(f"\n{table}")
+
+
+def main():
+    args = training.Parser(__doc__, dict(
+        parts=("correctness,speed,training,compiled", "what to run, with commas between"),
+        preset=(None, "speed: whose networks, with commas between (default: cifar10,imagenet64,imagenet512; on a CPU fashion-mnist)",
+                str),
+        batch=(None, "speed: images at once (default: what the memory takes, at most 512; 32 on a CPU)", int),
+        device=training.DEVICE,
+        precision=training.PRECISION,
+        repeats=(5, "speed: timed calls of each; their median is shown"),
+        minutes=(None, "time limit (default: 25, on a CPU 3)", float),
+        out=("gpu.md", "the page"))).parse_args()
+    rt = training.start(args.device, args.precision, alone=True)
+    on_gpu = rt.device.type == "cuda"
+    minutes = args.minutes or (25 if on_gpu else 3)
+    page = Page(args.out)
+    page.line(f"{hardware(rt.device)}; PyTorch {torch.__version__}, Python {platform.python_version()}; {datetime.date.today()}")
+    if not on_gpu:
+        page.line(f"\nThere is no CUDA device here: the CPU runs what it can in {minutes:g} minutes.")
+    presets = (args.preset or ("cifar10,imagenet64,imagenet512" if on_gpu else "fashion-mnist")).split(",")
+    for name in args.parts.split(","):
+        if name == "correctness":
+            correctness(page, rt, minutes * 60 / 4)
+        elif name == "speed":
+            speed(page, rt, presets, args.batch, minutes * 60 / 4, args.repeats)
+        elif name == "training":
+            train(page, rt, minutes * 60 / 4)
+        elif name == "compiled" and on_gpu:
+            page.part("Correctness, compiled: relative errors against the CPU", ["", "error", "of the gradients"], minutes * 60 / 8)
+            network_rows(page, rt, compiled=True)
+            speed(page, rt, presets, args.batch, minutes * 60 / 4, args.repeats, compiled=True)
+        elif name != "compiled":
+            raise files.UserError(f"--parts {name}: unknown; known: correctness, speed, training, compiled")
+
+
+if __name__ == "__main__":
+    training.run(main)
