@@ -13,6 +13,7 @@ import os
 import posixpath
 import sys
 import tarfile
+import unicodedata
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,18 +50,18 @@ class Dataset:
     """Images or latents with optional class labels.
 
     images: uint8 [N, H, W, 1 or 3], or float32 [N, 8, h, w]: mean (first 4 channels) and standard
-        deviation (last 4) of each image's VAE latent. labels: integers [N] from 0 on, or None.
-    classes: names of the classes, or None.
+        deviation (last 4) of each image's VAE latent. labels: int64 [N], from 0 on, or None.
+    classes: names of the classes, or None. label_error: why labels cannot be used, or None.
     """
 
-    def __init__(self, name, images, labels=None, classes=None):
+    def __init__(self, name, images, labels=None, classes=None, label_error=None):
         if labels is not None:
-            labels = np.asarray(labels)
             if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
                 raise UserError(f"labels {labels.dtype} {list(labels.shape)} do not match "
                                 f"{len(images)} images; give each an integer from 0 on")
             labels = labels.astype(np.int64)
-        self.name, self.images, self.labels, self.classes = name, _check(images), labels, classes
+        self.name, self.images, self.labels = name, _check(images), labels
+        self.classes, self.label_error = classes, label_error
         self.label_dim = 0 if labels is None else int(labels.max()) + 1  # number of classes
         self.is_latent = images.dtype == np.float32
         self.resolution = images.shape[2]  # height = width of what a network sees
@@ -70,9 +71,14 @@ class Dataset:
         return len(self.images)
 
     def require_labels(self):
-        """Refuse data without labels."""
+        """Refuse data without labels; number the classes anew if some have no images."""
         if self.labels is None:
-            raise UserError(f"{self.name} has no labels; add a dataset.json or class folders")
+            raise UserError(self.label_error or
+                            f"{self.name} has no labels; add a dataset.json or class folders")
+        found, labels = np.unique(self.labels, return_inverse=True)
+        if len(found) < self.label_dim:
+            self.labels, self.label_dim, self.classes = labels, len(found), list(map(str, found))
+            _say(f"{self.name}: only classes {' '.join(self.classes)} have images; numbered from 0")
 
     def class_frequencies(self):
         """Number of images of each class."""
@@ -172,7 +178,7 @@ class Batches:
         return raw, labels
 
 
-# ---- Reading: images, labels or None, names of classes if any ----------------
+# ---- Reading: images, and a function that returns (labels, names of classes) --
 
 
 def load(spec, cache=None, resolution=None):
@@ -188,27 +194,34 @@ def load(spec, cache=None, resolution=None):
     source, test = name.removesuffix(":test"), name.endswith(":test")
     path = Path(source).expanduser()
     if source == "digits" or source in DOWNLOADS:
+        if path.is_dir():
+            _say(f"{source}: the built-in data set; give ./{source} for your folder")
         path = DIGITS if source == "digits" else _fetch(source, cache / source)
     with reading(path, "a data set"):
         names, kind = _list_folder(path) if path.is_dir() else [], path.name.lower()
         idx = {name.replace(".idx", "-idx").removesuffix(".gz"): path / name for name in names}
-        if "train-images-idx3-ubyte" in idx:
-            found = _load_idx(idx, "t10k" if test else "train")
-        elif kind.endswith(".tar.gz"):
-            found = _load_cifar10(path, test)
+        if "train-images-idx3-ubyte" in idx or "t10k-images-idx3-ubyte" in idx:
+            images, labels = _load_idx(idx, "t10k" if test else "train")
+        elif kind.endswith((".tar.gz", ".tgz")):
+            images, labels = _load_cifar10(path, test)
+        elif "data_batch_1" in idx or "data_batch_1.bin" in idx:
+            raise UserError("CIFAR-10, unpacked; give cifar-10-binary.tar.gz or --data cifar10")
         elif test:
             raise UserError("only IDX folders and CIFAR-10 have a test set; leave out :test")
         elif kind.endswith(".npz"):
-            found = _load_npz(path)
+            images, labels = _load_npz(path)
         elif path.is_dir() or kind.endswith(".zip"):
-            found = _load_files(path, names, cache, resolution)
+            images, labels = _load_files(path, names, cache, resolution)
         else:
             raise UserError("no such file or data set; give digits, fashion-mnist, cifar10, "
                             "a folder, a .zip, a .npz or CIFAR-10's .tar.gz")
-        images, *labels = found
         if resolution and images.dtype == np.uint8 and images.shape[1:3] != (resolution,) * 2:
             images = np.stack([_fit(_to_pillow(image), resolution) for image in images])
-        return Dataset(name, images, *labels)
+        try:
+            with reading(path, "labels"):
+                return Dataset(name, images, *labels())
+        except UserError as error:  # matters only with --cond
+            return Dataset(name, images, label_error=str(error))
 
 
 def _fetch(name, folder):
@@ -219,6 +232,11 @@ def _fetch(name, folder):
         if not (folder / file).exists():
             download(url + file, folder / file, "md5", md5)
     return folder if len(hashes) > 1 else folder / file
+
+
+def _say(text):
+    if os.environ.get("RANK", "0") == "0":
+        print(UserError(text), file=sys.stderr, flush=True)  # one printable line
 
 
 def _check(images):
@@ -239,14 +257,16 @@ def _load_idx(files, split):
     """MNIST's format: four bytes that tell the type, the lengths (big-endian), then bytes."""
 
     def read(name, ndim):
-        with reading(path := files[name], "an IDX file", "delete it and get it again"):
-            content = path.read_bytes()
-            content = gzip.decompress(content) if path.suffix == ".gz" else content
+        if name not in files:
+            raise UserError(f"has no {name}; add it")
+        with reading(files[name], "an IDX file", "delete it and get it again"):
+            content = files[name].read_bytes()
+            content = gzip.decompress(content) if files[name].suffix == ".gz" else content
             shape = np.frombuffer(content, ">u4", ndim, offset=4).tolist()
             return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
 
     images = read(f"{split}-images-idx3-ubyte", 3)[..., None]
-    return images, read(f"{split}-labels-idx1-ubyte", 1)
+    return images, lambda: [read(f"{split}-labels-idx1-ubyte", 1)]
 
 
 def _load_cifar10(path, test):
@@ -257,21 +277,27 @@ def _load_cifar10(path, test):
         files = [tar.extractfile(f"cifar-10-batches-bin/{name}.bin").read() for name in names]
         records = np.frombuffer(b"".join(files), np.uint8).reshape(-1, 3073)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(images), records[:, 0]
+    return np.ascontiguousarray(images), lambda: [records[:, 0]]
 
 
 def _load_npz(path):
     arrays = np.load(path)  # executes nothing: allow_pickle is False
     images = np.ascontiguousarray(arrays["images" if "images" in arrays else "arr_0"])
     images = images[..., None] if images.ndim == 3 else images
-    return images, arrays.get("labels", arrays.get("arr_1"))
+    key = "labels" if "labels" in arrays else "arr_1"
+    return images, lambda: [arrays.get(key)]
 
 
 def _list_folder(folder):
-    """Sorted names of the files below `folder`; links are followed."""
-    found = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True)
-             for name in names)
-    return sorted(filter(_visible, (path.relative_to(folder).as_posix() for path in found)))
+    """Sorted names of the files below `folder`. Links are followed, each folder is read once."""
+    names, seen, todo = [], set(folder.resolve().parents), [folder]
+    for parent in todo:
+        if (real := parent.resolve()) not in seen:
+            seen.add(real)
+            entries = sorted(entry for entry in parent.iterdir() if _visible(entry.name))
+            todo += filter(Path.is_dir, entries)
+            names += [e.relative_to(folder).as_posix() for e in entries if not e.is_dir()]
+    return sorted(names)
 
 
 def _visible(name):
@@ -290,6 +316,12 @@ def _load_files(path, names, cache, resolution):
     if not files or images and latents:
         raise UserError(f"{len(images)} images ({' '.join(SUFFIXES)}) and {len(latents)} latents "
                         "(.npy) in it; give one kind")
+    if latents and resolution:
+        raise UserError("latents cannot be resized; leave out --resolution")
+    known = (*SUFFIXES, ".npy", "dataset.json")
+    if unread := [name for name in names if not name.lower().endswith(known)]:
+        suffixes = sorted({posixpath.splitext(name)[1].lower() for name in unread})
+        _say(f"{path}: {len(unread)} files not read: {' '.join(suffixes)}")
 
     def read(name):
         return archive.read(name) if archive else (path / name).read_bytes()
@@ -309,7 +341,7 @@ def _load_files(path, names, cache, resolution):
                                 f"{list(first.shape)}; all need one size: {RESIZE}")
             yield array
 
-    labels = _read_labels(names, files, read)
+    labels = functools.partial(_read_labels, names, files, read)
     stats = map(os.stat, [path] if archive else [path / name for name in files])
     stats = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
     key = repr((VERSION, os.path.abspath(path), resolution, files, stats)).encode()
@@ -319,14 +351,14 @@ def _load_files(path, names, cache, resolution):
         gray = all(parse(name, _open_image).mode in ("1", "L", "LA") for name in images)
         first, count = parse(files[0], decode), len(files)
         if count * first.nbytes <= MEMORY_LIMIT:
-            return np.fromiter(arrays(), np.dtype((first.dtype, first.shape)), count), *labels
-        print(f"converting {path} to {cached} (once)", file=sys.stderr, flush=True)
+            return np.fromiter(arrays(), np.dtype((first.dtype, first.shape)), count), labels
+        _say(f"converting {path} to {cached} (once)")
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (count, *first.shape)}
         with atomic(cached) as part, open(part, "wb") as file:  # a full disk would crash a map
             np.lib.format.write_array_header_1_0(file, header)
             file.writelines(array.tobytes() for array in arrays())
     with reading(cached, "a converted data set", "delete it and it will be made again"):
-        return np.load(cached, mmap_mode="r"), *labels
+        return np.load(cached, mmap_mode="r"), labels
 
 
 def _decode_image(file, gray, resolution):
@@ -343,8 +375,12 @@ def _decode_image(file, gray, resolution):
 
 def _open_image(file):
     """A Pillow image whose header alone is read yet."""
-    image = Image.open(file, formats="PNG JPEG BMP WEBP GIF TIFF AVIF".split())
-    if image.mode[0] in "IF":  # Pillow would clip them
+    try:
+        image = Image.open(file, formats="PNG JPEG BMP WEBP GIF TIFF AVIF".split())
+    except Image.DecompressionBombError:
+        raise UserError("too large (Pillow refuses so many pixels); make it smaller") from None
+    # Mode RGB can stand for 16 bits per channel, which the decoder's mode tells: RGB;16B.
+    if image.mode[0] in "IF" or image.format in ("PNG", "TIFF") and ";16" in str(image.tile):
         raise UserError("has more than 8 bits per channel; convert it to 8 bits")
     return image
 
@@ -361,25 +397,36 @@ def _fit(image, resolution):
 
 def _read_labels(names, files, read):
     """(labels [N], names of classes) of `files`, from a dataset.json or else from class folders."""
+
+    def plain(name):  # a dataset.json may spell it with \\, ./ or other accents
+        return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))
+
+    images = list(map(plain, files))
     tables = [name for name in names if posixpath.basename(name) == "dataset.json"]
-    if not tables:  # torchvision's convention
-        top = posixpath.commonpath(map(posixpath.dirname, files))
-        parts = [posixpath.relpath(name, top or ".").split("/") for name in files]
-        if min(map(len, parts)) < 2:
-            return None, None
+    if not tables:  # torchvision's convention; 00000, 00001 ... are the folders of write_images
+        top = posixpath.commonpath(map(posixpath.dirname, images))
+        parts = [name.removeprefix(top).strip("/").split("/") for name in images]
         classes, labels = np.unique([part[0] for part in parts], return_inverse=True)
+        if min(map(len, parts)) < 2 or all(len(c) == 5 and c.isdigit() for c in classes):
+            return None, None
         return labels, classes.tolist()
-    table = min(tables, key=len)
+    table, labels = min(tables, key=len), {}
     form = 'of the form {"labels": [["img.png", 3], ...]} or {"labels": null}'
     with reading(table, form, "correct it or remove it"):
         pairs = json.loads(read(table))["labels"]
         if pairs is None:
             return None, None
-        labels = {posixpath.join(posixpath.dirname(table), name): label for name, label in pairs}
-        if missing := set(files) - set(labels):
-            raise UserError(f"{len(missing)} images without a label, {min(missing)!r} among them; "
-                            "give each image one")
-        return [labels[name] for name in files], None
+        for name, label in pairs:
+            name = plain(posixpath.join(posixpath.dirname(table), name))
+            if type(label) is not int or not 0 <= label < 2**31:
+                raise UserError(f"the label of {name} is {label!r}; expected an integer from 0 on")
+            if labels.setdefault(name, label) != label:
+                raise UserError(f"{name} is listed with two labels; correct it")
+        missing, extra = (sorted(set(a) - set(b)) for a, b in ((images, labels), (labels, images)))
+        if missing or extra:
+            raise UserError(f"{len(missing)} images without a label {missing[:1]}, {len(extra)} "
+                            f"labels without an image {extra[:1]}; give each image one label")
+        return np.array([labels[name] for name in images]), None
 
 
 # ---- Writing -----------------------------------------------------------------
@@ -400,23 +447,27 @@ def save_grid(images, path, columns, scale=1, padding=2):
 def write_images(batches, out):
     """Write all (images, labels) of `batches`; `load(out)` reads them again.
 
-    images: uint8 [n, H, W, C]. labels: int [n] or None. out: a .npz for `arr_0` and labels `arr_1`,
-    or a new or empty folder for PNG files and labels in a dataset.json.
+    images: uint8 [n, H, W, C], or float32 [n, 4, h, w] for latents. labels: int [n] or None.
+    out: a .npz for `arr_0` (latents: `latents`) and labels `arr_1`, or a new or empty folder for
+        PNG files and labels in a dataset.json.
     """
     out, table = Path(out), []
     if out.suffix.lower() == ".npz":
         images, labels = zip(*batches)
-        arrays = {} if labels[0] is None else {"arr_1": np.concatenate(labels)}
+        arrays = {"arr_0" if images[0].dtype == np.uint8 else "latents": np.concatenate(images)}
+        arrays |= {} if labels[0] is None else {"arr_1": np.concatenate(labels)}
         with atomic(out) as part, open(part, "wb") as file:
-            np.savez(file, arr_0=np.concatenate(images), **arrays)
+            np.savez(file, **arrays)
         return
     if out.is_file() or out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: exists already; give a new folder, or remove this one")
     with atomic(out) as part:
-        (part / "images").mkdir(parents=True)
         for images, labels in batches:
+            if images.dtype != np.uint8:
+                raise UserError("latents need a .npz file; let --out end in .npz")
             for i, image in enumerate(images):
-                name = f"images/{len(table):08d}.png"
+                name = f"{len(table) // 1000:05d}/img{len(table):08d}.png"
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
                 _to_pillow(image).save(part / name)
                 table.append((name, None if labels is None else int(labels[i])))
         if labels is not None:
