@@ -1,6 +1,7 @@
 """Network files: this project's, and published pickles of EDM and EDM2, of which nothing is run."""
 
 import dataclasses
+import re
 
 import torch
 
@@ -26,9 +27,11 @@ def load_network(path, role=None):
     """
     with reading(path, "a usable network file"):
         with open(path, "rb") as file:
-            published = file.read(1) == b"\x80"
-        if published:
+            start = file.read(1000)
+        if start[:1] == b"\x80":
             config, about, state = _published(read_pickle(path))
+        elif re.search(b"torch_utils|dnnlib", start):
+            raise UserError("a training state of EDM; give the network-snapshot-*.pkl beside it")
         else:
             data = load_checkpoint(path)
             if data["kind"] != NETWORK_KIND:
@@ -52,6 +55,18 @@ _UNETS = {  # with the sizes of those in EDM and EDM2 to which no arguments are 
     "SongUNet": dataclasses.replace(NETWORKS["cifar10"], channel_mult=(1, 2, 2, 2), dropout=0.1),
     "DhariwalUNet": NETWORKS["imagenet64"], "EDM2": NETWORKS["edm2-s"],
 }
+# Arguments that do not change what a trained network computes.
+_IGNORED = {"use_fp16", "sigma_min", "sigma_max", "augment_dim", "label_dropout"}
+# Arguments that do, with the only value that is implemented, and those of NCSN++.
+_FIXED = {
+    "embedding_type": "positional", "encoder_type": "standard", "decoder_type": "standard",
+    "channel_mult_noise": 1, "resample_filter": [1, 1], "channel_mult_emb": 4, "beta_d": 19.9,
+    "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5, "logvar_channels": 128, "label_balance": 0.5,
+    "concat_balance": 0.5, "res_balance": 0.3, "attn_balance": 0.3, "clip_act": 256,
+    "channels_per_head": 64,
+}
+_NCSNPP = {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2,
+           "resample_filter": [1, 3, 3, 1]}
 
 
 def _published(data):
@@ -75,9 +90,13 @@ def _published(data):
     unet = kwargs.pop("model_type", default)
     if name not in _PRECONDITIONING or unet not in _UNETS or attributes.get("_init_args"):
         raise UserError(f"a {name} {unet} is not implemented; give a published EDM or EDM2 network")
-    config = _UNETS[unet]
-    if kwargs.get("embedding_type") == "fourier":
-        config = dataclasses.replace(config, architecture="ncsnpp")
-    sizes = {k: v for k, v in kwargs.items() if k in vars(config)}  # weights show other variants
+    config, fixed = _UNETS[unet], _FIXED
+    if unet == "SongUNet" and kwargs.get("embedding_type") == "fourier":
+        config, fixed = dataclasses.replace(config, architecture="ncsnpp"), _FIXED | _NCSNPP
+    sizes = {k: v for k, v in kwargs.items() if k in vars(config)}
+    for key in kwargs.keys() - sizes.keys() - _IGNORED:
+        if kwargs[key] not in (None, fixed.get(key)):
+            raise UserError(f"{key}={kwargs[key]!r} is not implemented; "
+                            "give a published EDM or EDM2 network")
     config = dataclasses.replace(config, **sizes, preconditioning=_PRECONDITIONING[name])
     return config, {"role": "denoiser", "source": "published"}, state

@@ -123,7 +123,8 @@ def load_checkpoint(path, mmap=False):
                 if damaged := archive.testzip():
                     raise ValueError(f"check sum of {damaged}")
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        data["kind"]  # other files have none
+        if not isinstance(data, dict) or "kind" not in data:
+            raise UserError(f"not {what}; give another file")
         return data
 
 
