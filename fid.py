@@ -1,7 +1,8 @@
 """FID, Inception Score, KID, precision and recall of images.
 
 Compares samples with a reference. Each is a data set name, a folder or zip of images, a `.npz` of
-images, or statistics as NVIDIA publishes them (a `.npz` of `mu` and `sigma`, or EDM2's `.pkl`).
+images, or statistics as NVIDIA publishes them (a `.npz` of `mu` and `sigma`, or EDM2's `.pkl`). Of
+a file with both (ADM's VIRTUAL_*.npz) FID uses the statistics, all else the images.
 Features are Inception's (a download of 95 MB), or with --features those of a stage-1 network, whose
 numbers compare with nothing published. KID, precision and recall take at most 10,000 images a side.
 
@@ -218,11 +219,12 @@ class Statistics:
 
     def __post_init__(self):
         self.mu, self.sigma = self.mu.astype(np.float64), self.sigma.astype(np.float64)
-        d, rows = self.mu.shape, self.rows
-        fit = self.sigma.shape == 2 * d and (rows is None or rows.shape[1:] == d)
-        if not fit or not np.isfinite(self.sigma).all():
-            raise UserError(f"{self.name}: expected mu [d], finite sigma [d, d] and rows [m, d]; "
-                            "get them again")
+        d, sigma, rows = self.mu.shape, self.sigma, self.rows
+        fit = sigma.shape == 2 * d and (rows is None or rows.shape[1:] == d)
+        if not (fit and np.isfinite(self.mu).all() and np.isfinite(sigma).all()
+                and np.abs(sigma - sigma.T).max() <= 1e-5 * np.abs(sigma).max()):
+            raise UserError(f"{self.name}: expected finite mu [d], symmetric sigma [d, d] and rows "
+                            "[m, d]; get them again")
 
     @classmethod
     def of(cls, features, tag):
@@ -241,8 +243,11 @@ class Statistics:
         what = "a readable .npz of statistics `mu` and `sigma`"
         with files.reading(path, what), np.load(path) as file:  # runs nothing: no pickles
             about = {key: file[key].item() for key in ("features", "n", "name") if key in file}
+            arrays = file["mu"], file["sigma"]
+            if "features" not in about and len(arrays[0]) != 2048:  # Inception's
+                raise UserError("does not say which features it has; make it again")
             about = {"features": INCEPTION_TAG, "name": str(path), **about}
-            return cls(file["mu"], file["sigma"], rows=file.get("rows"), **about)
+            return cls(*arrays, rows=file.get("rows"), **about)
 
     def check(self, tag, dim, other):
         """Raise unless these are `dim` features of the kind `tag`, which `other` has."""
@@ -325,10 +330,10 @@ def reference_statistics(extractor, dataset, rt, batch=64):
 
 
 def check_images(extractor, *sides):
-    """Raise unless data sets and `Statistics` fit each other and `extractor`."""
+    """Raise unless data sets, `Statistics` and None fit each other and `extractor`."""
     sets = [side for side in sides if isinstance(side, data.Dataset)]
     for side in sides:
-        if side not in sets:
+        if isinstance(side, Statistics):
             side.check(extractor.tag, extractor.dim, extractor.name)
     for d in sets:
         if d.is_latent or len(d) < 2:
@@ -362,6 +367,9 @@ def frechet_distance(a, b):
     kept = values >= len(values) * torch.finfo(values.dtype).eps * values[-1]  # not rounding errors
     root = (vectors[:, kept] * values[kept].sqrt()).flip(1)  # largest first keeps small ones exact
     products = torch.linalg.eigvalsh(root.T @ torch.from_numpy(b.sigma) @ root)
+    for side, found in ((a, values), (b, products)):
+        if found[0] < -1e-5 * found[-1]:
+            raise UserError(f"{side.name}: sigma has negative eigenvalues; get it again")
     distance = ((a.mu - b.mu) ** 2).sum() + a.sigma.trace() + b.sigma.trace()
     return max(float(distance) - 2 * products.clamp(min=0).sqrt().sum().item(), 0.0)
 
@@ -373,6 +381,8 @@ def kernel_distance(reference, samples, subsets=100, size=1000, seed=0):
     distributions about half of the values are negative. Sets smaller than `size` are taken whole.
     """
     size = min(size, len(reference), len(samples))
+    if size < 2:
+        raise UserError("KID needs at least 2 images on each side")
     generator, estimates = training.rng("cpu", seed, "subsets"), []
 
     def subset(rows):
@@ -398,6 +408,8 @@ def precision_recall(reference, samples, k=3):
     Around each point lies a ball that reaches to the k-th nearest other point of its set. Precision
     is the share of samples in a ball of the reference, recall the other way round.
     """
+    if min(len(reference), len(samples)) <= k:
+        raise UserError(f"precision and recall with k = {k} need at least {k + 1} images per side")
 
     def share(x, y):
         """Share of the points x that lie in a ball of y."""
@@ -416,17 +428,20 @@ def precision_recall(reference, samples, k=3):
 
 
 def open_side(spec, resolution=None):
-    """The `Statistics` or the `Dataset` that `spec` names."""
+    """(`Statistics` or None, `Dataset` or None): what the file or data set `spec` holds."""
+    names = set()
     if spec.endswith(".pkl"):
         with files.reading(spec, "a reference of EDM2 with mu and sigma under `fid`"):
             found = files.read_pickle(spec)["fid"]
-            return Statistics(found["mu"], found["sigma"], INCEPTION_TAG, name=spec)
+            return Statistics(found["mu"], found["sigma"], INCEPTION_TAG, name=spec), None
     if spec.endswith(".npz") and Path(spec).is_file():
         what = "a readable .npz of images or statistics"
         with files.reading(spec, what), np.load(spec) as file:
-            if "mu" in file:
-                return Statistics.load(spec)
-    return data.load(spec, resolution=resolution)
+            names = set(file.files)
+    given = Statistics.load(spec) if "mu" in names else None
+    if given and not names & {"arr_0", "images"}:
+        return given, None
+    return given, data.load(spec, resolution=resolution)
 
 
 def training_fid(args, dataset, run, net, write_networks):
@@ -436,17 +451,16 @@ def training_fid(args, dataset, run, net, write_networks):
     """
     if not args.fid_every:
         return lambda: None
-    rt, reference, decode = run.rt, dataset, data.to_uint8
+    rt, given, images = run.rt, None, dataset
     extractor = load_extractor(rt, args.fid_features, args.inception)
     if args.fid_reference:
-        reference = rt.main_first(lambda: open_side(args.fid_reference, args.resolution))
+        given, images = rt.main_first(lambda: open_side(args.fid_reference, args.resolution))
+    decode, size, channels = data.to_uint8, dataset.resolution, dataset.channels
     if dataset.is_latent:
-        decode = sample.latent_decoder(rt.device)
-        check_images(extractor, reference)
-    else:  # generated images have the size of these
-        check_images(extractor, dataset, reference)
-    if isinstance(reference, data.Dataset):
-        reference = reference_statistics(extractor, reference, rt)
+        decode, size, channels = sample.latent_decoder(rt.device), 8 * size, 3
+    drawn = data.Dataset("the generator", np.zeros((2, size, size, channels), np.uint8))
+    check_images(extractor, images, given, drawn)
+    reference = given or reference_statistics(extractor, images, rt)
 
     def read(indices):
         return decode(sample.generate(net, *sample.inputs(net, indices, args.seed, rt.device)))
@@ -477,7 +491,12 @@ def arguments():
         save_stats=(None, "write the statistics of REFERENCE to this .npz", str)))
     parser.add_argument("samples", metavar="SAMPLES", help="images or statistics")
     parser.add_argument("reference", metavar="REFERENCE", help="the same, often the training set")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.features and args.inception:
+        parser.error("--features and --inception exclude each other")
+    if args.save_stats and not args.save_stats.endswith(".npz"):
+        parser.error(f"--save-stats {args.save_stats}: the name must end in .npz")
+    return args
 
 
 def main():
@@ -487,21 +506,24 @@ def main():
     # Find all that can be wrong before the features are computed, which may take an hour.
     specs = (args.samples, args.reference)
     sides = [rt.main_first(lambda: open_side(spec, args.resolution)) for spec in specs]
-    if any(isinstance(side, data.Dataset) for side in sides):  # else no network is needed
+    if any(images for _, images in sides):  # two files of statistics need no network
         extractor = load_extractor(rt, args.features, args.inception)
-        check_images(extractor, *sides)
+        check_images(extractor, *sides[0], *sides[1])
 
-    def measured(name, side):
+    def measured(name, given, images):
         """(`Statistics`, Inception Score or None) of one side."""
-        if isinstance(side, Statistics):
-            return side, None
+        if not images:
+            return given, None
+        if given:
+            kept = reference_statistics(extractor, images, rt, args.batch)
+            return dataclasses.replace(given, rows=kept.rows), None
         if name == "reference" and not args.count:
-            return reference_statistics(extractor, side, rt, args.batch), None
-        chosen = random_choice(len(side), args.count, args.seed, name)
-        return measure_dataset(extractor, side, rt, args.batch, chosen)
+            return reference_statistics(extractor, images, rt, args.batch), None
+        chosen = random_choice(len(images), args.count, args.seed, name)
+        return measure_dataset(extractor, images, rt, args.batch, chosen)
 
-    a, score = measured("samples", sides[0])
-    b, _ = measured("reference", sides[1])
+    a, score = measured("samples", *sides[0])
+    b, _ = measured("reference", *sides[1])
     if not rt.is_main:
         return
 
@@ -512,7 +534,10 @@ def main():
     keys = "fid is_mean is_std kid_mean kid_std precision recall n_samples n_reference features"
     values = frechet_distance(a, b), *(score or [None] * 2), *pairs, a.n, b.n, a.features
     result, name = dict(zip(keys.split(), values)), distance_name(a.features)
-    for side in (a, b):
+    for side, (given, images) in zip((a, b), sides):
+        if given and images:
+            print(f"note: {side.name}: FID of its mu and sigma; KID, precision and recall of its "
+                  f"{len(images):,} images", file=sys.stderr)
         if name == "FID" and side.n and side.n < PUBLISHED_COUNT:
             print(f"warning: {side.name}: {side.n} images; published numbers use "
                   f"{PUBLISHED_COUNT:,}, and fewer give a larger FID", file=sys.stderr)
