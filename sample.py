@@ -155,14 +155,24 @@ def preview(net, run, seed):
     data.save_grid(images, path, columns=8, scale=max(1, 32 // net.config.img_resolution))
 
 
-def latent_decoder(device, vae=VAE):
-    """Function from latents [n, 4, h, w] as networks see them to uint8 images [n, 8h, 8w, 3]."""
+def latent_decoder(device, vae=VAE, undecoded=False):
+    """Function from latents [n, 4, h, w] as networks see them to uint8 images [n, 8h, 8w, 3].
+
+    undecoded: without diffusers it returns the VAE's latents, float32 [n, 4, h, w], and says so.
+    """
     try:
         from diffusers import AutoencoderKL
+    except ImportError:
+        why = "latents are decoded with diffusers, which is missing (`pip install diffusers`)"
+        if not undecoded:
+            raise UserError(f"{why}; sample.py writes them to a .npz without it") from None
+        print(f"{why}: writing the latents instead of images")
+        return lambda x: data.denormalise_latents(x).cpu().numpy()
+    try:
         model = AutoencoderKL.from_pretrained(vae, use_safetensors=True).to(device).eval()
     except Exception as error:  # the hub's client raises many kinds
-        raise UserError(f"cannot load the decoder of latents {vae}: {error}; `pip install "
-                        "diffusers`, or download it and give its folder with --vae") from None
+        raise UserError(f"cannot load the decoder {vae}: {error}; download it and give its folder "
+                        "with --vae") from None
 
     @torch.no_grad()
     def decode(x):  # eight at a time: 64 images of 512x512 need over 50 GB in float32
@@ -231,7 +241,8 @@ def main():
     networks.place(net, rt.device)
     ratio = args.ratio and networks.place(load_ratio(args.ratio, net, args.network), rt.device)
     latent = net.config.img_channels == 4  # images have 1 or 3
-    decode = latent_decoder(rt.device, args.vae) if latent else data.to_uint8
+    npz = args.out.lower().endswith(".npz")
+    decode = latent_decoder(rt.device, args.vae, undecoded=npz) if latent else data.to_uint8
     how = "one step" if role == "generator" else f"Heun, {args.steps} steps"
     print(f"{args.network}: {how}, {args.n} images")
 
@@ -250,8 +261,8 @@ def main():
     with rt.autocast():
         if args.out.lower().endswith(".png"):
             images = np.concatenate([images for images, _ in batches()])
-            columns, scale = math.ceil(args.n**0.5), max(1, 32 // images.shape[1])
-            data.save_grid(images, args.out, columns, scale)
+            columns = classes if label == "each" and classes <= 20 else math.ceil(args.n**0.5)
+            data.save_grid(images, args.out, columns, scale=max(1, 32 // images.shape[1]))
         else:
             data.write_images(batches(), args.out)
     if sizes:
