@@ -514,11 +514,9 @@ def main():
         """(`Statistics`, Inception Score or None) of one side."""
         if not images:
             return given, None
-        if given:
-            kept = reference_statistics(extractor, images, rt, args.batch)
-            return dataclasses.replace(given, rows=kept.rows), None
-        if name == "reference" and not args.count:
-            return reference_statistics(extractor, images, rt, args.batch), None
+        if given or name == "reference" and not args.count:
+            found = reference_statistics(extractor, images, rt, args.batch)
+            return dataclasses.replace(given, rows=found.rows) if given else found, None
         chosen = random_choice(len(images), args.count, args.seed, name)
         return measure_dataset(extractor, images, rt, args.batch, chosen)
 

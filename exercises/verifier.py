@@ -238,7 +238,7 @@ def main():
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def measured():
-        rows = [row for row in files.json_lines(path, "data", "seed", "recipe") if row["data"] == args.data and row["seed"] in seeds]
+        rows = [row for row in measure.json_lines(path, "data", "seed", "recipe") if row["data"] == args.data and row["seed"] in seeds]
         if any(row.get(name) != value for row in rows for name, value in wanted[row["seed"]].items()):
             raise UserError(f"{path} holds lines of other networks or settings; give another --results")
         return rows

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import json
 import os
 import pickle
 import re
@@ -183,16 +182,6 @@ def read_pickle(path):
 def file_hash(path, algorithm="sha256"):
     """Hexadecimal hash of a file's content."""
     return hashlib.new(algorithm, Path(path).read_bytes()).hexdigest()
-
-
-def json_lines(path, *keys):
-    """The JSON lines of a results file, each an object with `keys`; none if there is no file."""
-    with reading(path, "a file of results", "correct it or give another --results"):
-        text = Path(path).read_text() if Path(path).exists() else ""
-        rows = [json.loads(line) for line in text.splitlines()]
-        if not all(row.keys() >= set(keys) for row in rows):
-            raise ValueError("lines of another program")
-        return rows
 
 
 def cache_dir():

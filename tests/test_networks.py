@@ -93,7 +93,8 @@ def test_ratio_starts_undecided_and_from_the_encoder_of_stage_1(architecture):
     x, sigma = torch.randn(2, 3, 16, 16), torch.ones(2)
     with torch.no_grad():
         assert torch.equal(ratio(x, sigma), torch.zeros(2))
-        torch.testing.assert_close(ratio.encoder.features(x, sigma), net.backbone.features(x, sigma))
+        features = net.backbone.features(x, sigma)
+        torch.testing.assert_close(ratio.encoder.features(x, sigma), features)
 
 
 @pytest.mark.parametrize("level", [0.01, 0.5, 10.0])
