@@ -160,7 +160,7 @@ def load_extractor(rt, features=None, weights=None):
 def inception(rt, path=None):
     """Inception's features. path: its weights; None: the file in torch's hub cache, or a download.
 
-    Features of other weights than the published ones are another kind.
+    Features of other weights than the published ones are another kind, with a warning.
     """
     url = INCEPTION_URL + INCEPTION_FILE
     file = Path(path or f"{torch.hub.get_dir()}/checkpoints/{INCEPTION_FILE}")
@@ -172,6 +172,9 @@ def inception(rt, path=None):
         net(torch.zeros(1, 3, 299, 299, device=rt.device))  # fails where weights do not fit
         found = files.file_hash(file)
     tag = INCEPTION_TAG if found.startswith(INCEPTION_HASH) else f"inception sha256:{found[:16]}"
+    if tag != INCEPTION_TAG and rt.is_main:
+        print(f"warning: {file}: SHA-256 {found[:8]}..., not {INCEPTION_HASH}: the results do not "
+              "compare with published ones", file=sys.stderr)
 
     def function(images):
         x = resize_tf1(images).expand(-1, -1, -1, 3)  # gray is repeated to three channels
