@@ -36,9 +36,9 @@ class Classifier(nn.Module):
             side = -(-resolution // (2 * stride))
             self.hidden = nn.Linear(64 * side**2, 64)
         else:
-            self.conv1, self.conv2 = (self.block(a, b) for a, b in ((channels, 64), (64, 128)))
-            self.conv2.append(self.block(128, 256))
-            self.hidden = nn.Linear(256 * (resolution // 8) ** 2, 64)
+            self.conv1, self.conv2 = (self.block(a, b) for a, b in ((channels, 32), (32, 64)))
+            self.conv2.append(self.block(64, 128))
+            self.hidden = nn.Linear(128 * (resolution // 8) ** 2, 64)
         self.out = nn.Linear(64, classes)
 
     @staticmethod
@@ -81,7 +81,7 @@ def load(dataset, images=None, device="cpu"):
     """The classifier of a labelled data set on `device`, from the cache folder if it was trained before."""
     if not dataset.label_dim:
         raise files.UserError(f"{dataset.name}: has no labels, and a classifier needs them")
-    images = images or max(100_000, (4 if dataset.channels == 1 else 12) * len(dataset))
+    images = images or max(100_000, (4 if dataset.channels == 1 else 6) * len(dataset))
     labels = hashlib.sha256(dataset.labels.tobytes()).hexdigest()
     key = hashlib.sha256(f"{VERSION} {images} {dataset.fingerprint()} {labels}".encode()).hexdigest()[:16]
     path = files.cache_dir() / "classifiers" / f"{key}.pt"

@@ -200,3 +200,22 @@ def test_a_run_continues_in_the_precision_it_was_started_with(call, refused, tmp
     call(pretrain, *options, "--precision", "fp32")  # the same
     message = refused(pretrain, *options, "--precision", "bf16")
     assert "was trained with --precision fp32, not bf16" in message
+
+
+def test_the_page_of_a_device_marks_what_is_wrong_and_goes_on(tmp_path, capsys):
+    page = gpu.Page(tmp_path / "gpu.md")
+    page.part("Part", ["", "error"], seconds=100)
+    page.row("right", lambda: [gpu.verdict(1e-6, 1e-5)])
+    page.row("far", lambda: [gpu.verdict(1e-4, 1e-5)])
+    page.row("not a number", lambda: [gpu.verdict(float("nan"), 1e-5)])
+    page.row("broken", lambda: 1 / 0)
+    page.end = 0
+    page.row("late", lambda: [1])
+    cells = [line.split("|")[2].strip() for line in (tmp_path / "gpu.md").read_text().splitlines()[5:]]
+    assert cells == ["1.0e-06", "**1.0e-04, above 1e-05**", "**nan, above 1e-05**", "**ZeroDivisionError: division by zero**", "no time"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_device_is_compared_with_the_cpu_in_float64(precision):
+    output, gradients = gpu.network_check("ddpmpp", training.Runtime(torch.device("cpu"), precision=precision), False)
+    assert 0 < float(output) < gpu.LIMITS[precision][0] and 0 < float(gradients) < gpu.LIMITS[precision][1]

@@ -1,6 +1,7 @@
 """Facts that have a closed form: ratios, divergences, denoisers and samplers of Gaussians."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 import pretrain
 import sample
 import train_diffratio
+from machinery import training
 from networks import Config, Denoiser, preconditioning
 
 
@@ -233,3 +235,22 @@ def test_resampling_by_the_exact_ratio_moves_the_generator_to_the_data(device):
     # 8 candidates: 0.05 too low.
     assert abs(plain.mean()) < 0.05 and abs(x.mean() - 0.5) < 0.08 and abs(x.std() - 0.8) < 0.06
     assert 1 < size.mean() < 8
+
+
+def test_weights_over_noise_levels():
+    """`edm` is sigma^2 / c_out of EDM's Table 1; all are what their names say."""
+    sigma = torch.tensor([0.01, 0.5, 24.0])
+    c_out = preconditioning("edm", sigma, 0.5)[1]
+    wanted = {"none": sigma**0, "sigma": sigma, "sigma2": sigma**2, "edm": sigma**2 / c_out}
+    assert wanted.keys() == train_diffratio.NOISE_WEIGHTS.keys()
+    for name, weight in train_diffratio.NOISE_WEIGHTS.items():
+        torch.testing.assert_close(weight(sigma), wanted[name])
+
+
+def test_the_log_sums_the_size_of_each_samples_gradient_by_noise_level():
+    sums, sigma = {}, torch.tensor([0.05, 0.2, 0.25, 5.0])
+    fake = torch.zeros(4, 1, 1, 2, requires_grad=True)
+    training.Run.add_gradient(types.SimpleNamespace(add=sums.update), sigma, fake)
+    weight = torch.tensor([1.0, 2, 3, float("inf")]).view(4, 1, 1, 1)  # fp16 may overflow
+    (weight * fake * torch.tensor([3.0, 4])).sum().backward()
+    assert sums["gradient"].tolist() == [[5, 25, 0, 0, 0]]
