@@ -1,8 +1,8 @@
 """FID, Inception Score, KID, precision and recall of images.
 
 Compares samples with a reference. Each is a data set name, a folder or zip of images, a `.npz` of
-images, or a `.npz` of statistics (`mu`, `sigma`, as NVIDIA publishes). Of a file that holds both
-(ADM's VIRTUAL_*.npz) FID uses the statistics; KID, precision and recall use the images.
+images, or statistics as NVIDIA publishes them (a `.npz` of `mu` and `sigma`, or EDM2's `.pkl`). Of
+a file with both (ADM's VIRTUAL_*.npz) FID uses the statistics, all else the images.
 Features are Inception's (a download of 95 MB), or with --features those of a stage-1 network, whose
 numbers compare with nothing published. KID, precision and recall take at most 10,000 images a side.
 
@@ -37,18 +37,17 @@ INCEPTION_TAG = "inception-2015-12-05"
 NETWORK_SIGMA = 0.2  # noise level that a stage-1 network is told
 PUBLISHED_COUNT = 50_000  # images on each side in published tables
 PAIRS_LIMIT = 10_000  # images on each side for KID, precision and recall
+TWO = training.number("2 or more", int, 2)  # images of a covariance
 SETTINGS = dict(  # of FID during training
     fid_every=(None, "measure FID of the averaged generator every so many thousand images and keep "
                "the best as network-best.pt (default: never)", float),
-    fid_images=(50_000, "samples per measurement", training.number("2 or more", int, 2)),
+    fid_images=(50_000, "samples per measurement", TWO),
     fid_reference=(None, "what to compare with: images or statistics (default: --data)", str),
     fid_features=(None, "stage-1 network whose features to use (default: Inception)", str),
     inception=(None, "Inception weights (default: torch's hub cache, or a download)", str),
 )
 
-# --------------------------------------------------------------------------------------------------
-# Inception v3 as in TensorFlow's graph of 2015-12-05 (arXiv 1512.00567).
-
+# ---- Inception v3 as in TensorFlow's graph of 2015-12-05 ---------------------
 
 # Blocks of branches that read the same input. A word is a pooling or a convolution, /2 its stride.
 A = ["branch1x1", "branch5x5_1 branch5x5_2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3",
@@ -74,7 +73,7 @@ POOLS = {
 
 
 class Inception:
-    """x [N, 3, 299, 299] in [-1, 1) -> features [N, 2048], logits [N, 1008] without the bias.
+    """x [N, 3, 299, 299] in [-1, 1) -> features [N, 2048], logits [N, 1008] (arXiv 1512.00567).
 
     state: tensors as in the file of weights. BatchNorm is folded into the convolutions, in float64.
     """
@@ -129,8 +128,7 @@ def resize_tf1(images, size=299):
     return x
 
 
-# --------------------------------------------------------------------------------------------------
-# Feature extractors.
+# ---- Feature extractors ------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -162,21 +160,21 @@ def load_extractor(rt, features=None, weights=None):
 def inception(rt, path=None):
     """Inception's features. path: its weights; None: the file in torch's hub cache, or a download.
 
-    Weights of another hash than the published ones are used with a warning.
+    Features of other weights than the published ones are another kind, with a warning.
     """
-    url, cached = INCEPTION_URL + INCEPTION_FILE, f"{torch.hub.get_dir()}/checkpoints/"
-    file = Path(path or cached + INCEPTION_FILE)
+    url = INCEPTION_URL + INCEPTION_FILE
+    file = Path(path or f"{torch.hub.get_dir()}/checkpoints/{INCEPTION_FILE}")
     if not path and not file.exists():
         files.download(url, file, "sha256", INCEPTION_HASH)
     with files.reading(file, "the weights of Inception v3", f"get {url}"):
-        net = Inception(files.load_plain(file, "a file of weights"), rt.device)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        net = Inception(state, rt.device)
         net(torch.zeros(1, 3, 299, 299, device=rt.device))  # fails where weights do not fit
-        tag, found = INCEPTION_TAG, files.file_hash(file)
-    if not found.startswith(INCEPTION_HASH):
-        tag = f"inception sha256:{found[:16]}"
-        if rt.is_main:
-            print(f"warning: {file}: SHA-256 {found[:8]}..., not {INCEPTION_HASH}: the results do "
-                  "not compare with published ones", file=sys.stderr)
+        found = files.file_hash(file)
+    tag = INCEPTION_TAG if found.startswith(INCEPTION_HASH) else f"inception sha256:{found[:16]}"
+    if tag != INCEPTION_TAG and rt.is_main:
+        print(f"warning: {file}: SHA-256 {found[:8]}..., not {INCEPTION_HASH}: the results do not "
+              "compare with published ones", file=sys.stderr)
 
     def function(images):
         x = resize_tf1(images).expand(-1, -1, -1, 3)  # gray is repeated to three channels
@@ -197,22 +195,21 @@ def network_features(rt, path):
     def function(images):
         x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
         sigma = torch.full((len(x),), NETWORK_SIGMA, device=x.device)
-        return net.features(x, sigma).float().mean(dim=(2, 3)), None
+        return net.backbone.features(x, sigma).float().mean(dim=(2, 3)), None
 
     tag = f"network sha256:{files.file_hash(path)[:16]}"
-    dim = function(torch.zeros((1, *shape), device=rt.device))[0].shape[1]
+    dim = config.model_channels * config.channel_mult[-1]
     return Extractor(str(path), tag, dim, shape, rt.device, function)
 
 
-# --------------------------------------------------------------------------------------------------
-# Statistics.
+# ---- Statistics --------------------------------------------------------------
 
 
 @dataclasses.dataclass(eq=False)
 class Statistics:
     """Mean mu [d] and covariance sigma [d, d] (divided by n - 1) of features, float64.
 
-    features: the extractor's tag; "inception" if a file does not say. n: number of images or None.
+    features: the extractor's tag. n: number of images or None.
     rows: the features of a random choice of the images, float32 [m, d], or None.
     """
 
@@ -220,24 +217,17 @@ class Statistics:
     sigma: np.ndarray
     features: str
     n: int = None
-    name: str = ""
-    hash: str = ""  # of the images
+    name: str = "statistics"
     rows: np.ndarray = None
 
     def __post_init__(self):
-        mu, sigma, rows = self.mu, self.sigma, self.rows
-        with files.reading(self.name or "statistics", "statistics of features", "make them again"):
-            if not (mu.dtype.kind + sigma.dtype.kind == "ff" and sigma.shape == 2 * mu.shape
-                    and np.isfinite(mu).all() and np.isfinite(sigma).all()
-                    and np.abs(sigma - sigma.T).max() <= 1e-5 * np.abs(sigma).max()
-                    and sigma.diagonal().min() >= -1e-5 * np.abs(sigma).max()):
-                raise ValueError(f"mu {mu.dtype} {list(mu.shape)}, sigma {sigma.dtype} "
-                                 f"{list(sigma.shape)}: expected finite float64 [d] and a "
-                                 "covariance [d, d]")
-            if rows is not None and not (rows.dtype == np.float32 and rows.shape[1:] == mu.shape
-                                         and np.isfinite(rows).all()):
-                raise ValueError(f"expected finite float32 rows [m, {len(mu)}]")
-        self.mu, self.sigma = mu.astype(np.float64), sigma.astype(np.float64)
+        self.mu, self.sigma = self.mu.astype(np.float64), self.sigma.astype(np.float64)
+        d, sigma, rows = self.mu.shape, self.sigma, self.rows
+        fit = sigma.shape == 2 * d and (rows is None or rows.shape[1:] == d)
+        if not (fit and np.isfinite(self.mu).all() and np.isfinite(sigma).all()
+                and np.abs(sigma - sigma.T).max() <= 1e-5 * np.abs(sigma).max()):
+            raise UserError(f"{self.name}: expected finite mu [d], symmetric sigma [d, d] and rows "
+                            "[m, d]; get them again")
 
     @classmethod
     def of(cls, features, tag):
@@ -254,21 +244,18 @@ class Statistics:
     def load(cls, path):
         """Read a `.npz` of `mu` and `sigma`; without `features` they are Inception's."""
         what = "a readable .npz of statistics `mu` and `sigma`"
-        with files.reading(path, what), np.load(path, allow_pickle=False) as file:
-            mu, sigma, rows = file["mu"], file["sigma"], file.get("rows")
-            types = dict(features=str, n=int, name=str, hash=str)
-            about = {key: kind(file[key].item()) for key, kind in types.items() if key in file}
-            if "features" not in about and len(mu) != 2048:
-                raise UserError(f"does not say which features it has: {len(mu)}, Inception's 2048")
-            about = {"features": "inception", "name": str(path), **about}
-            return cls(mu, sigma, rows=rows, **about)
+        with files.reading(path, what), np.load(path) as file:  # runs nothing: no pickles
+            about = {key: file[key].item() for key in ("features", "n", "name") if key in file}
+            arrays = file["mu"], file["sigma"]
+            if "features" not in about and len(arrays[0]) != 2048:  # Inception's
+                raise UserError("does not say which features it has; make it again")
+            about = {"features": INCEPTION_TAG, "name": str(path), **about}
+            return cls(*arrays, rows=file.get("rows"), **about)
 
     def check(self, tag, dim, other):
         """Raise unless these are `dim` features of the kind `tag`, which `other` has."""
-        kinds = {self.features, tag}
-        unknown = "inception" in kinds and all(kind.startswith("inception") for kind in kinds)
-        if len(kinds) > 1 and not unknown or len(self.mu) != dim:
-            raise UserError(f"{self.name or 'statistics'} has {len(self.mu)} features of the kind "
+        if self.features != tag or len(self.mu) != dim:
+            raise UserError(f"{self.name} has {len(self.mu)} features of the kind "
                             f"'{self.features}', {other} has {dim} of the kind '{tag}'; "
                             "both sides must come from one network")
 
@@ -278,12 +265,13 @@ def distance_name(tag):
     return "FID" if tag.startswith("inception") else "FD (stage 1)"
 
 
-def random_choice(n, limit):
-    """Sorted indices [min(n, limit)], random but the same for each n."""
-    return torch.randperm(n, generator=training.rng("cpu", "pairs"))[:limit].sort().values
+def random_choice(n, limit, *key):
+    """Sorted indices [min(n, limit)], random but the same for each n and key."""
+    order = torch.randperm(n, generator=training.rng("cpu", *(key or ["pairs"])))
+    return order[:limit].sort().values
 
 
-def measure(extractor, read, n, rt, batch=64, name="samples", content=""):
+def measure(extractor, read, n, rt, batch=64, name="samples"):
     """One pass over n images, shared by the ranks: (`Statistics`, Inception Score or None).
 
     read: function from a range of indices to uint8 images. Inception Score (arXiv 1606.03498): mean
@@ -292,16 +280,13 @@ def measure(extractor, read, n, rt, batch=64, name="samples", content=""):
     device, dim, scored = extractor.device, extractor.dim, extractor.tag.startswith("inception")
     chosen, splits = random_choice(n, PAIRS_LIMIT), min(10, n)
     split = ((torch.arange(n, device=device) + 1) * splits - 1) // n  # of each image
-    # Sums around a point among the features keep their digits where the mean is large.
-    origin = extractor(read(range(min(n, batch))))[0].double().mean(dim=0)
-    origin = rt.sum(origin) / rt.world_size
-    sums = {"x": origin.new_zeros(dim), "xx": origin.new_zeros(dim, dim),
-            "p": origin.new_zeros(splits, 1008), "p_log_p": origin.new_zeros(splits),
-            "rows": torch.zeros(len(chosen), dim, device=device)}
+    sizes = {"x": [dim], "xx": [dim, dim], "p": [splits, 1008], "p_log_p": [splits]}
+    sums = {k: torch.zeros(size, dtype=torch.double, device=device) for k, size in sizes.items()}
+    sums["rows"] = torch.zeros(len(chosen), dim, device=device)
     for i in range(rt.rank * batch, n, rt.world_size * batch):
         j = min(i + batch, n)
         features, logits = extractor(read(range(i, j)))
-        x = features.double() - origin
+        x = features.double()
         sums["x"] += x.sum(dim=0)
         sums["xx"].addmm_(x.T, x)
         low, high = torch.searchsorted(chosen, torch.tensor([i, j])).tolist()
@@ -310,14 +295,15 @@ def measure(extractor, read, n, rt, batch=64, name="samples", content=""):
             log_p = logits.double().log_softmax(dim=1)
             sums["p"].index_add_(0, split[i:j], log_p.exp())
             sums["p_log_p"].index_add_(0, split[i:j], (log_p.exp() * log_p).sum(dim=1))
-        if rt.is_main:
-            files.status(f"{name}: {j} of {n}", "\n" * (i + rt.world_size * batch >= n))
+        if rt.is_main and sys.stderr.isatty():  # one line that is overwritten
+            end = "\r" if i + rt.world_size * batch < n else "\n"
+            print(f"{name}: {j} of {n}", end=end, file=sys.stderr, flush=True)
     sums = {key: rt.sum(value).cpu() for key, value in sums.items()}
 
-    mean = sums["x"] / n
-    sigma = (sums["xx"] - n * mean.outer(mean)) / (n - 1)
-    mu, rows = (origin.cpu() + mean).numpy(), sums["rows"].numpy()
-    statistics = Statistics(mu, sigma.numpy(), extractor.tag, n, name, content, rows)
+    mu = sums["x"] / n
+    sigma = (sums["xx"] - n * mu.outer(mu)) / (n - 1)
+    rows = sums["rows"].numpy()
+    statistics = Statistics(mu.numpy(), sigma.numpy(), extractor.tag, n, name, rows)
     count = split.cpu().bincount()
     p = sums["p"] / count[:, None]
     score = (sums["p_log_p"] / count - torch.special.xlogy(p, p).sum(dim=1)).exp()
@@ -326,19 +312,13 @@ def measure(extractor, read, n, rt, batch=64, name="samples", content=""):
 
 def measure_dataset(extractor, dataset, rt, batch=64, indices=None):
     """`measure` of a data set, or of its images at `indices`."""
-    check_images(extractor, dataset)
-    content = dataset.fingerprint() if indices is None else ""
-    places = np.arange(len(dataset)) if indices is None else indices
-
-    def read(part):
-        return dataset.batch(places[part])[0]
-
-    return measure(extractor, read, len(places), rt, batch, dataset.name, content)
+    indices = range(len(dataset)) if indices is None else indices
+    return measure(extractor, lambda part: dataset.batch(indices[part.start:part.stop])[0],
+                   len(indices), rt, batch, dataset.name)
 
 
 def reference_statistics(extractor, dataset, rt, batch=64):
     """`Statistics` of a whole data set, from the cache folder if they were computed before."""
-    check_images(extractor, dataset)
     # Count the 2 up when the features, or what is kept of them, change.
     key = hashlib.sha256(f"2 {dataset.fingerprint()} {extractor.tag}".encode()).hexdigest()[:32]
     path = files.cache_dir() / "stats" / f"{key}.npz"
@@ -352,20 +332,21 @@ def reference_statistics(extractor, dataset, rt, batch=64):
     return dataclasses.replace(statistics, name=dataset.name)
 
 
-def check_images(extractor, *datasets):
-    """Raise unless all hold two images or more, of one size that `extractor` reads."""
-    sizes = [f"{d.name} has {d.resolution}x{d.resolution}" for d in datasets]
-    for d in datasets:
-        if d.is_latent:
-            raise UserError(f"{d.name}: holds latents; FID needs images, so decode them first")
-        if len(d) < 2:
-            raise UserError(f"{d.name}: has 1 image; a covariance needs at least 2")
-        if d.resolution != datasets[0].resolution:
-            raise UserError(f"images of different sizes: {', '.join(sizes)}; give --resolution N")
-    for d in datasets:
-        if extractor.shape not in (None, d.images.shape[1:]):
-            raise UserError(f"{d.name}: images [H, W, C] {list(d.images.shape[1:])}, but "
-                            f"{extractor.name} is for {list(extractor.shape)}; use another network")
+def check_images(extractor, *sides):
+    """Raise unless data sets, `Statistics` and None fit each other and `extractor`."""
+    sets = [side for side in sides if isinstance(side, data.Dataset)]
+    for side in sides:
+        if isinstance(side, Statistics):
+            side.check(extractor.tag, extractor.dim, extractor.name)
+    for d in sets:
+        if d.is_latent or len(d) < 2:
+            raise UserError(f"{d.name}: FID needs two images or more, and no latents")
+        size = sets[0].resolution
+        wanted = extractor.shape or (size, size, d.channels)
+        if d.images.shape[1:] != wanted:
+            raise UserError(f"{d.name}: images [H, W, C] {list(d.images.shape[1:])}, but the other "
+                            f"side or {extractor.name} has {list(wanted)}; give --resolution N "
+                            "or use another network")
 
 
 def split_half(n, seed=0):
@@ -374,8 +355,7 @@ def split_half(n, seed=0):
     return np.sort(order[: n // 2]), np.sort(order[n // 2 : n // 2 * 2])
 
 
-# --------------------------------------------------------------------------------------------------
-# The distances.
+# ---- The distances -----------------------------------------------------------
 
 
 def frechet_distance(a, b):
@@ -384,7 +364,7 @@ def frechet_distance(a, b):
     With S_a = R R^T the last trace is the sum of the roots of the eigenvalues of R^T S_b R, which
     is symmetric. Either S may be singular.
     """
-    a.check(b.features, len(b.mu), b.name or "the other side")
+    a.check(b.features, len(b.mu), b.name)
     a, b = sorted((a, b), key=lambda side: side.n or math.inf)  # fewer images: lower rank
     values, vectors = torch.linalg.eigh(torch.from_numpy(a.sigma))
     kept = values >= len(values) * torch.finfo(values.dtype).eps * values[-1]  # not rounding errors
@@ -392,7 +372,7 @@ def frechet_distance(a, b):
     products = torch.linalg.eigvalsh(root.T @ torch.from_numpy(b.sigma) @ root)
     for side, found in ((a, values), (b, products)):
         if found[0] < -1e-5 * found[-1]:
-            raise UserError(f"{side.name or 'statistics'}: sigma has negative eigenvalues")
+            raise UserError(f"{side.name}: sigma has negative eigenvalues; get it again")
     distance = ((a.mu - b.mu) ** 2).sum() + a.sigma.trace() + b.sigma.trace()
     return max(float(distance) - 2 * products.clamp(min=0).sqrt().sum().item(), 0.0)
 
@@ -447,25 +427,24 @@ def precision_recall(reference, samples, k=3):
     return share(samples, reference), share(reference, samples)
 
 
-# --------------------------------------------------------------------------------------------------
-# FID during training, and the command.
+# ---- FID during training, and the command ------------------------------------
 
 
 def open_side(spec, resolution=None):
     """(`Statistics` or None, `Dataset` or None): what the file or data set `spec` holds."""
     names = set()
-    if spec.endswith(".pkl"):  # EDM2's references
+    if spec.endswith(".pkl"):
         with files.reading(spec, "a reference of EDM2 with mu and sigma under `fid`"):
             found = files.read_pickle(spec)["fid"]
-            return Statistics(found["mu"], found["sigma"], "inception", name=spec), None
+            return Statistics(found["mu"], found["sigma"], INCEPTION_TAG, name=spec), None
     if spec.endswith(".npz") and Path(spec).is_file():
         what = "a readable .npz of images or statistics"
-        with files.reading(spec, what), np.load(spec, allow_pickle=False) as file:
+        with files.reading(spec, what), np.load(spec) as file:
             names = set(file.files)
-    statistics = Statistics.load(spec) if names & {"mu", "sigma"} else None
-    if statistics and not names & {"arr_0", "images"}:
-        return statistics, None
-    return statistics, data.load(spec, resolution=resolution)
+    given = Statistics.load(spec) if "mu" in names else None
+    if given and not names & {"arr_0", "images"}:
+        return given, None
+    return given, data.load(spec, resolution=resolution)
 
 
 def training_fid(args, dataset, run, net, write_networks):
@@ -482,16 +461,12 @@ def training_fid(args, dataset, run, net, write_networks):
     decode, size, channels = data.to_uint8, dataset.resolution, dataset.channels
     if dataset.is_latent:
         decode, size, channels = sample.latent_decoder(rt.device), 8 * size, 3
-        if not decode:
-            raise UserError(f"--fid-every: {sample.NO_DIFFUSERS}")
     drawn = data.Dataset("the generator", np.zeros((2, size, size, channels), np.uint8))
-    check_images(extractor, *filter(None, (drawn, images)))
+    check_images(extractor, images, given, drawn)
     reference = given or reference_statistics(extractor, images, rt)
-    reference.check(extractor.tag, extractor.dim, extractor.name)
 
     def read(indices):
-        z, labels = sample.inputs(net, indices, args.seed, rt.device)
-        return decode(sample.generate(net, z, labels))
+        return decode(sample.generate(net, *sample.inputs(net, indices, args.seed, rt.device)))
 
     def measure_fid():
         if run.due(args.fid_every) and run.lacks("fid"):
@@ -510,7 +485,7 @@ def arguments():
     parser = training.Parser(__doc__, dict(
         features=(None, "stage-1 network whose features to use (default: Inception)", str),
         inception=SETTINGS["inception"],
-        count=(None, "so many random images of each side that has more (default: all)", int),
+        count=(None, "so many random images of each side that has more (default: all)", TWO),
         seed=(0, "seed of the choice of --count", training.integer),
         batch=(64, "images at once on each rank"),
         device=training.DEVICE,
@@ -522,8 +497,6 @@ def arguments():
     args = parser.parse_args()
     if args.features and args.inception:
         parser.error("--features and --inception exclude each other")
-    if args.count == 1:
-        parser.error("--count 1: a covariance needs at least 2 images")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         parser.error(f"--save-stats {args.save_stats}: the name must end in .npz")
     return args
@@ -536,60 +509,46 @@ def main():
     # Find all that can be wrong before the features are computed, which may take an hour.
     specs = (args.samples, args.reference)
     sides = [rt.main_first(lambda: open_side(spec, args.resolution)) for spec in specs]
-    sets = [images for _, images in sides if images is not None]
-    if sets:  # two files of statistics need no network
+    if any(images for _, images in sides):  # two files of statistics need no network
         extractor = load_extractor(rt, args.features, args.inception)
-        check_images(extractor, *sets)
-        for given, _ in sides:
-            if given:
-                given.check(extractor.tag, extractor.dim, extractor.name)
+        check_images(extractor, *sides[0], *sides[1])
 
-    def measured(side, given, images):
+    def measured(name, given, images):
         """(`Statistics`, Inception Score or None) of one side."""
-        if given and images is not None:
-            kept = reference_statistics(extractor, images, rt, args.batch)
-            return dataclasses.replace(given, rows=kept.rows), None
-        if given:
+        if not images:
             return given, None
-        chosen = None
-        if args.count and args.count < len(images):
-            order = torch.randperm(len(images), generator=training.rng("cpu", args.seed, side))
-            chosen = np.sort(order[: args.count].numpy())
-        if side == "samples" or chosen is not None:
-            return measure_dataset(extractor, images, rt, args.batch, chosen)
-        if a.hash == images.fingerprint():  # a set against itself
-            return dataclasses.replace(a, name=images.name), None
-        return reference_statistics(extractor, images, rt, args.batch), None
+        if given or name == "reference" and not args.count:
+            found = reference_statistics(extractor, images, rt, args.batch)
+            return dataclasses.replace(given, rows=found.rows) if given else found, None
+        chosen = random_choice(len(images), args.count, args.seed, name)
+        return measure_dataset(extractor, images, rt, args.batch, chosen)
 
     a, score = measured("samples", *sides[0])
     b, _ = measured("reference", *sides[1])
     if not rt.is_main:
         return
 
-    kind = a.features if a.features != "inception" else b.features
-    result = dict.fromkeys("fid is_mean is_std kid_mean kid_std precision recall".split())
-    result |= dict(fid=frechet_distance(a, b), n_samples=a.n, n_reference=b.n, features=kind)
-    lines = [f"{distance_name(kind):13}{result['fid']:.5g}"]
-    if score:
-        result["is_mean"], result["is_std"] = score
-        lines.append("IS           {:.4g} ± {:.2g}".format(*score))
-    if a.rows is not None and b.rows is not None and min(len(a.rows), len(b.rows)) > 3:
-        rows = [torch.from_numpy(side.rows).to(rt.device) for side in (b, a)]
+    rows, pairs = [side.rows for side in (b, a)], [None] * 4
+    if all(x is not None and len(x) > 3 for x in rows):
+        rows = [torch.from_numpy(x).to(rt.device) for x in rows]
         pairs = *kernel_distance(*rows), *precision_recall(*rows)
-        result |= zip(("kid_mean", "kid_std", "precision", "recall"), pairs)
-        lines.append("KID          {:.3g} ± {:.2g}".format(*pairs[:2]))
-        lines.append("precision    {:.4g}\nrecall       {:.4g}".format(*pairs[2:]))
-    for side, used, (given, images) in zip(("samples", "reference"), (a, b), sides):
-        count = f"{used.n:,}" if used.n else "unknown number of"
-        lines.append(f"{side:13}{count} images, {used.name}")
-        if given and images is not None:
-            print(f"note: {used.name}: FID of its mu and sigma; KID, precision and recall of its "
+    keys = "fid is_mean is_std kid_mean kid_std precision recall n_samples n_reference features"
+    values = frechet_distance(a, b), *(score or [None] * 2), *pairs, a.n, b.n, a.features
+    result, name = dict(zip(keys.split(), values)), distance_name(a.features)
+    for side, (given, images) in zip((a, b), sides):
+        if given and images:
+            print(f"note: {side.name}: FID of its mu and sigma; KID, precision and recall of its "
                   f"{len(images):,} images", file=sys.stderr)
-        if distance_name(kind) == "FID" and used.n and used.n < PUBLISHED_COUNT:
-            print(f"warning: {count} {side} images; published numbers use {PUBLISHED_COUNT:,}, and "
-                  "fewer give a larger FID", file=sys.stderr)
-    lines.append(f"features     {kind}")
-    print(json.dumps(result) if args.json else "\n".join(lines))
+        if name == "FID" and side.n and side.n < PUBLISHED_COUNT:
+            print(f"warning: {side.name}: {side.n} images; published numbers use "
+                  f"{PUBLISHED_COUNT:,}, and fewer give a larger FID", file=sys.stderr)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(f"{name} of {a.name} from {b.name}")
+        for key, value in result.items():
+            if value is not None:
+                print(f"{key:13}{value:.5g}" if isinstance(value, float) else f"{key:13}{value}")
     if args.save_stats:
         b.save(args.save_stats)
 

@@ -7,9 +7,6 @@ Four architectures, with the names and shapes of weights of the published checkp
     adm      ADM (arXiv 2105.05233) as EDM trained it: ImageNet 64x64
     edm2     EDM2 (arXiv 2312.02696), configuration G: ImageNet 512x512 latents
 
-They share the class `UNet`. `Denoiser` is a U-Net with preconditioning. `RatioNetwork` is a U-Net's
-encoder with the same preconditioning and a head that returns one logit.
-
 Shapes: x [N, C, H, W] float32, sigma [N] (standard deviation of the noise, for data scaled to
 [-1, 1]), labels [N] int64 or None.
 """
@@ -48,23 +45,11 @@ class Config:
     def __post_init__(self):
         for name in ("channel_mult", "attn_resolutions"):  # lists in files
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        arch, kind, size = self.architecture, self.preconditioning, self.img_resolution
-        if arch not in ("ddpmpp", "ncsnpp", "adm", "edm2"):
-            raise ConfigError(f"unknown architecture {arch!r}; known: ddpmpp, ncsnpp, adm, edm2")
-        if kind not in ("edm", "vp", "ve"):
-            raise ConfigError(f"unknown preconditioning {kind!r}; known: edm, vp, ve")
-        sizes = (size, self.img_channels, self.model_channels, self.num_blocks, *self.channel_mult)
-        rest = self.label_dim >= 0 and 0 <= self.dropout < 1 and 0 < self.sigma_data < math.inf
-        if not self.channel_mult or min(sizes) < 1 or not rest:
-            raise ConfigError(f"sizes and sigma_data must be positive, dropout in [0, 1): {self}")
-        if self.model_channels % 4:
-            raise ConfigError(f"model_channels must be a multiple of 4, not {self.model_channels}")
-        halvings = len(self.channel_mult) - 1
-        if size % 2**halvings:
+        size, levels = self.img_resolution, len(self.channel_mult)
+        if size % 2 ** (levels - 1):
             raise ConfigError(
-                f"images of {size}x{size} cannot be halved {halvings} times, as a network with "
-                f"{halvings + 1} levels does; resize them to a multiple of {2**halvings}"
-            )
+                f"images of {size}x{size} cannot be halved {levels - 1} times, as a network with "
+                f"{levels} levels does; resize them to a multiple of {2 ** (levels - 1)}")
 
 
 NETWORKS = {  # in the order of Config's fields, up to dropout
@@ -220,7 +205,7 @@ class NoiseEmbedding(nn.Module):
 class EDMBlock(nn.Module):
     """Residual block: x [N, cin, H, W], emb [N, 4 model_channels] -> [N, cout, H', W'].
 
-    mode: "keep", "down" or "up", as in `resample`. decoder: for EDM2; makes no difference here.
+    mode: as in `resample`. decoder: makes a difference only in EDM2.
     """
 
     def __init__(self, config, cin, cout, mode="keep", attend=False, decoder=False):
@@ -313,7 +298,7 @@ class MPFourier(nn.Module):
 
 
 class EDM2Block(nn.Module):
-    """Residual block of EDM2, arguments as in `EDMBlock`. emb has the width of the widest level."""
+    """Residual block of EDM2, as `EDMBlock`; emb is as wide as the widest level."""
 
     def __init__(self, config, cin, cout, mode="keep", attend=False, decoder=False):
         super().__init__()
@@ -490,8 +475,8 @@ class UNet(nn.Module):
 
     def features(self, x, sigma, labels=None):
         """The encoder's last output for x at noise level sigma, [N, C', H', W']."""
-        config, sigma = self.config, sigma.float()
-        _, _, c_in, c_noise = preconditioning(config.preconditioning, sigma, config.sigma_data)
+        _, _, c_in, c_noise = preconditioning(
+            self.config.preconditioning, sigma.float(), self.config.sigma_data)
         x = c_in[:, None, None, None] * x.float().contiguous()
         return self.encode(x, self.embed(c_noise, labels))[-1]
 
@@ -520,13 +505,8 @@ class Denoiser(nn.Module):
         """Noised images x [N, C, H, W], sigma [N], labels [N] or None -> denoised, as x."""
         x = x.float().contiguous()  # the weights decide the memory format, not the images
         c_skip, c_out, c_in, c_noise = preconditioning(
-            self.config.preconditioning, sigma.float()[:, None, None, None], self.config.sigma_data
-        )
+            self.config.preconditioning, sigma.float()[:, None, None, None], self.config.sigma_data)
         return c_skip * x + c_out * self.backbone(c_in * x, c_noise.flatten(), labels).float()
-
-    def features(self, x, sigma, labels=None):
-        """The encoder's last output, [N, C', H', W']."""
-        return self.backbone.features(x, sigma, labels)
 
     def logvar(self, sigma):
         """EDM2's learned log variance u(sigma) of the denoising error, [N]; EDM2, Equation 21."""
@@ -539,8 +519,7 @@ class RatioNetwork(nn.Module):
 
     sigmoid(h) is the probability that x is noised data rather than a noised sample. The network is
     the denoiser's encoder and a head: GroupNorm, SiLU, the mean over positions and a linear layer
-    that starts at zero. (The paper, arXiv 2502.08005, says "U-Net encoder + sigmoid" and leaves the
-    head open; this one is our choice.)
+    that starts at zero. (The paper leaves the head open: "U-Net encoder + sigmoid".)
     """
 
     def __init__(self, config):
@@ -570,8 +549,8 @@ class RatioNetwork(nn.Module):
 def memory_format(config, device_type, compiled=False):
     """The memory format in which a network of this configuration is fastest.
 
-    It is channels-last, except with GroupNorm on GPUs: that kernel takes only NCHW, so activations
-    would be copied before and after each norm. EDM2 has no norms; the compiler writes its own.
+    Channels-last, except with GroupNorm on GPUs: that kernel takes only NCHW, so each norm would
+    copy activations. EDM2 has no norms; the compiler writes its own.
     """
     channels_last = compiled or device_type == "cpu" or config.architecture == "edm2"
     return torch.channels_last if channels_last else torch.contiguous_format
@@ -589,8 +568,7 @@ def place(net, device, compiled=False):
 def update_ema(ema, net, batch, halflife, nimg=math.inf):
     """Update `ema`, the exponential moving average of the weights, after a step of `batch` images.
 
-    halflife: in images. It is limited to 5 % of the `nimg` images seen so far, as in EDM, so that
-    the first weights fade quickly.
+    halflife: in images; at most 5 % of the `nimg` images seen so far, as in EDM.
     """
     beta = 0.5 ** (batch / max(min(halflife, 0.05 * nimg), 1e-8))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)

@@ -25,7 +25,6 @@ from machinery import checkpoints, data, training
 from machinery.training import UserError
 
 DIGITS = str(Path(__file__).parent / "assets" / "digits.pt")  # the generator of `make demo`
-NO_DIFFUSERS = "latents are decoded with diffusers, which is missing (`pip install diffusers`)"
 VAE = "stabilityai/sd-vae-ft-mse"  # what EDM2's latents were made with
 
 
@@ -108,21 +107,11 @@ def inputs(net, indices, seed, device, label=None, candidate=0):
     return z, torch.tensor(np.array(labels, np.int64), device=device)
 
 
-def in_batches(net, indices, seed, device, batch, label=None, steps=18, choice=None):
-    """Iterate over (images [n, C, H, W], labels [n] or None) of the samples with these indices.
-
-    choice: (ratio network, candidates, sigma, list of effective sample sizes), as `choose` takes.
-    """
+def in_batches(net, indices, seed, device, batch, label=None, steps=18):
+    """Iterate over (images [n, C, H, W], labels [n] or None) of the samples with these indices."""
     for i in range(0, len(indices), batch):
-        some = indices[i : i + batch]
-        if choice:
-            ratio, candidates, sigma, sizes = choice
-            x, labels, ess = choose(net, ratio, some, seed, device, candidates, sigma, label, steps)
-            sizes += ess.tolist()
-        else:
-            z, labels = inputs(net, some, seed, device, label)
-            x = generate(net, z, labels, steps)
-        yield x, labels
+        z, labels = inputs(net, indices[i : i + batch], seed, device, label)
+        yield generate(net, z, labels, steps), labels
 
 
 def pick(h, indices, seed):
@@ -166,15 +155,19 @@ def preview(net, run, seed):
     data.save_grid(images, path, columns=8, scale=max(1, 32 // net.config.img_resolution))
 
 
-def latent_decoder(device, vae=VAE):
+def latent_decoder(device, vae=VAE, undecoded=False):
     """Function from latents [n, 4, h, w] as networks see them to uint8 images [n, 8h, 8w, 3].
 
-    None without diffusers.
+    undecoded: without diffusers it returns the VAE's latents, float32 [n, 4, h, w], and says so.
     """
     try:
         from diffusers import AutoencoderKL
     except ImportError:
-        return None
+        why = "latents are decoded with diffusers, which is missing (`pip install diffusers`)"
+        if not undecoded:
+            raise UserError(f"{why}; sample.py writes them to a .npz without it") from None
+        print(f"{why}: writing the latents instead of images")
+        return lambda x: data.denormalise_latents(x).cpu().numpy()
     try:
         model = AutoencoderKL.from_pretrained(vae, use_safetensors=True).to(device).eval()
     except Exception as error:  # the hub's client raises many kinds
@@ -194,9 +187,9 @@ def latent_decoder(device, vae=VAE):
 def load_ratio(path, net, network):
     """The ratio network of a file, if it was trained with `net`, the generator of `network`."""
     ratio = checkpoints.load_network(path, role="ratio")
-    a, b = ({**vars(each.config), **each.about} for each in (ratio, net))
-    keys = ("img_resolution", "img_channels", "label_dim", "nimg", "divergence")
-    if any(a.get(key) != b.get(key) for key in keys):
+    a, b = ((each.config, each.about.get("nimg"), each.about.get("divergence"))
+            for each in (ratio, net))
+    if a != b:
         raise UserError(f"{path} was not trained with {network}; give the ratio.pt beside it")
     return ratio
 
@@ -233,47 +226,48 @@ def main():
     args = arguments()
     rt = training.start(args.device, args.precision, alone=True)
     net = checkpoints.load_network(args.network)
-    role, config = net.about["role"], net.config
-    if args.one_step and role == "denoiser":  # as stage 2 finds it
-        role = "generator"
-        net.about |= {"role": role, "t_init": args.one_step}
-    elif args.one_step:
-        raise UserError(f"--one-step is for networks of stage 1; {args.network} holds a {role}")
+    role, classes = net.about["role"], net.config.label_dim
     if role == "ratio":
         raise UserError(f"{args.network} is a ratio network; give the network.pt beside it")
-    labels = {str(label): label for label in ["each", *range(config.label_dim)]}
-    if args.label and (args.label not in labels or not config.label_dim):
-        known = f"classes 0 to {config.label_dim - 1}" if config.label_dim else "no classes"
+    if args.one_step and role == "generator":
+        raise UserError(f"--one-step is for networks of stage 1; {args.network} holds a generator")
+    if args.one_step:  # as stage 2 finds it
+        role, net.about = "generator", {**net.about, "role": "generator", "t_init": args.one_step}
+    known = {str(label): label for label in ["each", *range(classes)]} if classes else {}
+    if args.label and args.label not in known:
+        known = f"classes 0 to {classes - 1}" if classes else "no classes"
         raise UserError(f"--class {args.label}: {args.network} has {known}")
-    label = labels.get(args.label)
+    label = known.get(args.label)
     networks.place(net, rt.device)
     ratio = args.ratio and networks.place(load_ratio(args.ratio, net, args.network), rt.device)
+    latent = net.config.img_channels == 4  # images have 1 or 3
+    npz = args.out.lower().endswith(".npz")
+    decode = latent_decoder(rt.device, args.vae, undecoded=npz) if latent else data.to_uint8
     how = "one step" if role == "generator" else f"Heun, {args.steps} steps"
     print(f"{args.network}: {how}, {args.n} images")
 
-    decode = data.to_uint8
-    if config.img_channels == 4:  # latents; images have 1 or 3
-        decode = latent_decoder(rt.device, args.vae)
-        if not decode and not args.out.lower().endswith(".npz"):
-            raise UserError(f"{NO_DIFFUSERS}; to write the latents end --out in .npz")
-        if not decode:
-            print(f"{NO_DIFFUSERS}: writing the latents instead of images")
-            decode = lambda x: data.denormalise_latents(x).cpu().numpy()  # noqa: E731
-    sizes = []
-    choice = ratio and (ratio, args.candidates, args.ratio_sigma, sizes)
-    drawn = in_batches(net, range(args.n), args.seed, rt.device, args.batch, label, args.steps,
-                       choice)
-    batches = ((decode(x), y if y is None else y.tolist()) for x, y in drawn)
+    common, sizes = (args.seed, rt.device), []  # sizes: effective sample sizes of the choices
+    if ratio:
+        drawn = (choose(net, ratio, part.tolist(), *common, args.candidates, args.ratio_sigma,
+                        label, args.steps) for part in torch.arange(args.n).split(args.batch))
+    else:
+        drawn = in_batches(net, range(args.n), *common, args.batch, label, args.steps)
+
+    def batches():
+        for x, labels, *size in drawn:
+            sizes.extend(size)
+            yield decode(x), labels if labels is None else labels.tolist()
+
     with rt.autocast():
         if args.out.lower().endswith(".png"):
-            images = np.concatenate([images for images, _ in batches])
-            each = label == "each" and config.label_dim <= 20
-            columns = config.label_dim if each else math.ceil(args.n**0.5)
+            images = np.concatenate([images for images, _ in batches()])
+            columns = classes if label == "each" and classes <= 20 else math.ceil(args.n**0.5)
             data.save_grid(images, args.out, columns, scale=max(1, 32 // images.shape[1]))
         else:
-            data.write_images(batches, args.out)
+            data.write_images(batches(), args.out)
     if sizes:
-        print(f"effective sample size {np.mean(sizes):.2f} of {args.candidates} candidates")
+        size = torch.cat(sizes).mean()
+        print(f"effective sample size {size:.2f} of {args.candidates} candidates")
     print(f"wrote {args.out}")
 
 

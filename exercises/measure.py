@@ -27,9 +27,19 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import classifier  # noqa: E402
 import demo  # noqa: E402
 import fid  # noqa: E402
-from machinery import data, training  # noqa: E402
+from machinery import data, files, training  # noqa: E402
 
 NEAREST = 2000  # images whose nearest neighbour among all training images is looked for
+
+
+def json_lines(path, *keys):
+    """The JSON lines of a results file, each an object with `keys`; none if there is no file."""
+    with files.reading(path, "a file of results", "correct it or give another --results"):
+        text = Path(path).read_text() if Path(path).exists() else ""
+        rows = [json.loads(line) for line in text.splitlines()]
+        if not all(row.keys() >= set(keys) for row in rows):
+            raise ValueError("lines of another program")
+        return rows
 
 
 def chosen(images, limit=fid.PAIRS_LIMIT):

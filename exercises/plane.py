@@ -28,7 +28,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 import measure  # noqa: E402
 from machinery import training  # noqa: E402
-from machinery.files import UserError, atomic, json_lines  # noqa: E402
+from machinery.files import UserError, atomic  # noqa: E402
 from networks import Config, preconditioning  # noqa: E402
 from pretrain import denoising_loss  # noqa: E402
 from train_diffratio import generator_loss, ratio_loss  # noqa: E402
@@ -404,7 +404,7 @@ def main():
             if regime in (args.regimes or regimes):
                 settings = json.loads(json.dumps({**common, **regimes[regime]}))  # as they are read again: tuples become lists
                 key = {"part": part, "regime": regime, "seed": seed, "settings": settings}
-                found = [row for row in json_lines(args.results, *key) if all(row[k] == v for k, v in key.items())]
+                found = [row for row in measure.json_lines(args.results, *key) if all(row[k] == v for k, v in key.items())]
                 if not found:
                     print(f"{part}: {regime}, seed {seed}", flush=True)
                     found = [{**key, **run(settings, seed)}]

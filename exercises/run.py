@@ -239,7 +239,7 @@ FAR = 30  # FD (classifier) from which on runs of one setting differ more
 
 def results(path):
     """{(run, seed): its newest line} of a file of results."""
-    return {(line["run"], line["seed"]): line for line in files.json_lines(path, "run", "seed")}
+    return {(line["run"], line["seed"]): line for line in measure.json_lines(path, "run", "seed")}
 
 
 def by_run(found):
@@ -343,7 +343,7 @@ def submit(args, exercises, rows):
     for line in lines:
         log = WORK / line.get("folder", "") / "log.jsonl"
         logs[f"{line['run']}-{line['seed']}"] = log.read_text() if log.exists() else None
-    foretold = [p for p in files.json_lines(predictions(args.results), "exercise", "time") if p["exercise"] == args.exercise]
+    foretold = [p for p in measure.json_lines(predictions(args.results), "exercise", "time") if p["exercise"] == args.exercise]
     content = dict(exercise=args.exercise, time=now(), predictions=foretold, results=lines, diff=changes.diff(pristine, mine),
                    hash=changes.fingerprint(mine), pristine=changes.fingerprint(pristine), logs=logs)
     with files.atomic(args.submit) as part:

@@ -191,7 +191,7 @@ def main():
 
 def measured(args):
     """The lines of this data and these seeds."""
-    rows = files.json_lines(args.results, "data", "seed", "recipe")
+    rows = measure.json_lines(args.results, "data", "seed", "recipe")
     return [row for row in rows if row["data"] == args.data and row["seed"] < args.seeds]
 
 

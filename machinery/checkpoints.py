@@ -26,7 +26,17 @@ def load_network(path, role=None):
     any other file, or if `role` is given and differs; executes nothing in it.
     """
     with reading(path, "a usable network file"):
-        config, about, state = _read(path)
+        with open(path, "rb") as file:
+            start = file.read(1000)
+        if start[:1] == b"\x80":
+            config, about, state = _published(read_pickle(path))
+        elif re.search(b"torch_utils|dnnlib", start):
+            raise UserError("a training state of EDM; give the network-snapshot-*.pkl beside it")
+        else:
+            data = load_checkpoint(path)
+            if data["kind"] != NETWORK_KIND:
+                raise UserError(f"a {data['kind']}, not a network; give the network.pt beside it")
+            config, about, state = Config(**data["config"]), data["about"], data["state"]
         if about["role"] not in ([role] if role else ["denoiser", "generator", "ratio"]):
             raise UserError(f"holds a {about['role']}, but a {role or 'network'} is needed here; "
                             "give another file")
@@ -34,30 +44,10 @@ def load_network(path, role=None):
             raise UserError(f"only {len(state)} tensors, too few for the network; get it again")
         with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
             net = RatioNetwork(config) if about["role"] == "ratio" else Denoiser(config)
-        wanted = {k: list(v.shape) for k, v in net.state_dict().items()}
-        found = {k: list(v.shape) for k, v in state.items() if v.is_floating_point()
-                 and v.layout == torch.strided and v.device.type == "cpu"}
-        if wanted != found:
-            key = min(k for k in wanted | found if wanted.get(k) != found.get(k))
-            raise UserError(f"weights do not fit the network: {key} is {found.get(key, 'missing')}"
-                            f", expected {wanted.get(key, 'nothing')}; get it again")
-        net.load_state_dict({k: v.float().contiguous() for k, v in state.items()}, assign=True)
+        state = {k: v.float().contiguous() for k, v in state.items()}
+        net.load_state_dict(state, assign=True)  # fails where weights do not fit
         net.about = about
         return net.eval()
-
-
-def _read(path):
-    """(config, about, state dict) of a network file."""
-    with open(path, "rb") as file:
-        start = file.read(1000)
-    if start[:1] == b"\x80":
-        return _published(read_pickle(path))
-    if re.search(b"torch_utils|dnnlib", start):
-        raise UserError("a training state of EDM; give the network-snapshot-*.pkl beside it")
-    data = load_checkpoint(path)
-    if data["kind"] != NETWORK_KIND:
-        raise UserError(f"a {data['kind']}, not a network; give the network.pt beside it")
-    return Config(**data["config"]), data["about"], data["state"]
 
 
 _PRECONDITIONING = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "Precond": "edm"}
@@ -83,9 +73,8 @@ def _published(data):
     """(config, about, state dict) of an EDM or EDM2 pickle."""
     net = data.get("ema") if isinstance(data, dict) else None
     if not isinstance(net, Stub):
-        holds = ", ".join(map(str, data)) if isinstance(data, dict) else type(data).__name__
-        raise UserError(f"a pickle of {holds}, without a network named ema; "
-                        "give a network-snapshot-*.pkl of EDM or EDM2")
+        raise UserError("a pickle without a network named ema; give a network-snapshot-*.pkl of "
+                        "EDM or EDM2")
     state, modules = {}, [("", net)]
     for prefix, module in modules:  # grows as it goes
         attributes = module.args[0]["state"] if module.args else module.state

@@ -61,7 +61,7 @@ class Dataset:
                                 f"{len(images)} images; give each an integer from 0 on")
             labels = labels.astype(np.int64)
         self.name, self.images, self.labels = name, _check(images), labels
-        self.classes, self.label_error, self.hash = classes, label_error, None
+        self.classes, self.label_error = classes, label_error
         self.label_dim = 0 if labels is None else int(labels.max()) + 1  # number of classes
         self.is_latent = images.dtype == np.float32
         self.resolution = images.shape[2]  # height = width of what a network sees
@@ -86,11 +86,9 @@ class Dataset:
 
     def fingerprint(self):
         """SHA-256 (hexadecimal) of the shape, the type and the content of `images`."""
-        if self.hash is None:
-            digest = hashlib.sha256(f"{self.images.shape} {self.images.dtype.str}".encode())
-            digest.update(np.ascontiguousarray(self.images).data.cast("B"))
-            self.hash = digest.hexdigest()
-        return self.hash
+        digest = hashlib.sha256(f"{self.images.shape} {self.images.dtype.str}".encode())
+        digest.update(np.ascontiguousarray(self.images).data.cast("B"))
+        return digest.hexdigest()
 
     def describe(self):
         """Name, size, classes and a hash of up to 1000 images: what a run must be resumed with."""
@@ -172,17 +170,15 @@ class Batches:
         return torch.randperm(len(self.dataset), generator=generator).numpy()
 
     def _prepare(self, position):
-        n, share = len(self.dataset), self.rt.batch // self.rt.world_size
-        position += self.rt.rank * share
-        places = [divmod(i, n) for i in range(position, position + share)]
+        position += self.rt.rank * self.rt.share
+        places = [divmod(i, len(self.dataset)) for i in range(position, position + self.rt.share)]
         raw, labels = self.dataset.batch([self.order(epoch)[i] for epoch, i in places])
         if self.rt.device.type == "cuda":  # copies from pinned memory overlap with computing
             raw, labels = raw.pin_memory(), None if labels is None else labels.pin_memory()
         return raw, labels
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading. A reader returns images and a function that returns (labels, names of classes).
+# ---- Reading: images, and a function that returns (labels, names of classes) --
 
 
 def load(spec, cache=None, resolution=None):
@@ -248,12 +244,12 @@ def _check(images):
     shape, dtype = images.shape, images.dtype
     if 0 in shape:
         raise UserError("holds no images; give others")
-    if dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3):
-        if shape[1] != shape[2]:
-            raise UserError(f"{shape[2]}x{shape[1]} pixels, but networks need squares; {RESIZE}")
-    elif dtype != np.float32 or len(shape) != 4 or shape[1] != 8 or shape[2] != shape[3]:
-        raise UserError(f"{dtype} {list(shape)}; expected images, uint8 [N, H, W, 1 or 3], "
-                        "or latents, float32 [N, 8, h, h]")
+    fits = len(shape) == 4 and (
+        dtype == np.uint8 and shape[1] == shape[2] and shape[3] in (1, 3)
+        or dtype == np.float32 and shape[1] == 8 and shape[2] == shape[3])
+    if not fits:
+        raise UserError(f"{dtype} {list(shape)}; expected square images, uint8 [N, H, H, 1 or 3], "
+                        f"or latents, float32 [N, 8, h, h]; {RESIZE}")
     return images
 
 
@@ -286,13 +282,10 @@ def _load_cifar10(path, test):
 
 def _load_npz(path):
     arrays = np.load(path)  # executes nothing: allow_pickle is False
-    key = "images" if "images" in arrays else "arr_0"
-    if key not in arrays:
-        raise UserError(f"holds {arrays.files}, but no images (`arr_0` or `images`); give another")
-    images = np.ascontiguousarray(arrays[key])
+    images = np.ascontiguousarray(arrays["images" if "images" in arrays else "arr_0"])
     images = images[..., None] if images.ndim == 3 else images
-    keys = [key for key in ("labels", "arr_1") if key in arrays]
-    return images, lambda: [arrays[keys[0]] if keys else None]
+    key = "labels" if "labels" in arrays else "arr_1"
+    return images, lambda: [arrays.get(key)]
 
 
 def _list_folder(folder):
@@ -334,8 +327,7 @@ def _load_files(path, names, cache, resolution):
         return archive.read(name) if archive else (path / name).read_bytes()
 
     def parse(name, parser):
-        kind = "an image" if images else "a latent"
-        with reading(f"{path}/{name}", kind, "replace it or remove it"):
+        with reading(f"{path}/{name}", "an image or latent", "replace it or remove it"):
             return parser(io.BytesIO(read(name)))
 
     def decode(file):
@@ -360,7 +352,7 @@ def _load_files(path, names, cache, resolution):
         first, count = parse(files[0], decode), len(files)
         if count * first.nbytes <= MEMORY_LIMIT:
             return np.fromiter(arrays(), np.dtype((first.dtype, first.shape)), count), labels
-        print(f"converting {path} to {cached} (once)", file=sys.stderr, flush=True)
+        _say(f"converting {path} to {cached} (once)")
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (count, *first.shape)}
         with atomic(cached) as part, open(part, "wb") as file:  # a full disk would crash a map
             np.lib.format.write_array_header_1_0(file, header)
@@ -437,8 +429,7 @@ def _read_labels(names, files, read):
         return np.array([labels[name] for name in images]), None
 
 
-# --------------------------------------------------------------------------------------------------
-# Writing.
+# ---- Writing -----------------------------------------------------------------
 
 
 def save_grid(images, path, columns, scale=1, padding=2):

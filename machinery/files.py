@@ -4,7 +4,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import json
 import os
 import pickle
 import re
@@ -114,23 +113,18 @@ def save_checkpoint(data, path):
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
-def load_plain(path, what, remedy="get it again", mmap=False):
-    """Read a file of tensors and plain data to the CPU. mmap: processes share the tensors."""
+def load_checkpoint(path, mmap=False):
+    """Read what `save_checkpoint` wrote, with a `kind`. mmap: processes share the tensors."""
+    what, remedy = "a checkpoint of this project", "restore a copy, or delete it and train again"
     with reading(path, what, remedy):
         if zipfile.is_zipfile(path):  # torch's format, of which torch ignores the check sums
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"check sum of {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-
-
-def load_checkpoint(path, mmap=False):
-    """Read what `save_checkpoint` wrote, to the CPU."""
-    what, remedy = "a checkpoint of this project", "restore a copy, or delete it and train again"
-    data = load_plain(path, what, remedy, mmap)
-    if not isinstance(data, dict) or "kind" not in data:
-        raise UserError(f"{path}: not {what}; give another file")
-    return data
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if not isinstance(data, dict) or "kind" not in data:
+            raise UserError(f"not {what}; give another file")
+        return data
 
 
 class Stub(dict):
@@ -188,22 +182,6 @@ def read_pickle(path):
 def file_hash(path, algorithm="sha256"):
     """Hexadecimal hash of a file's content."""
     return hashlib.new(algorithm, Path(path).read_bytes()).hexdigest()
-
-
-def json_lines(path, *keys):
-    """The JSON lines of a results file, each an object with `keys`; none if there is no file."""
-    with reading(path, "a file of results", "correct it or give another --results"):
-        text = Path(path).read_text() if Path(path).exists() else ""
-        rows = [json.loads(line) for line in text.splitlines()]
-        if not all(row.keys() >= set(keys) for row in rows):
-            raise ValueError("lines of another program")
-        return rows
-
-
-def status(text, end=""):
-    """Show `text` in place of the status before, on a terminal."""
-    if sys.stderr.isatty():
-        print(f"\r{text}", end=end, file=sys.stderr, flush=True)
 
 
 def cache_dir():

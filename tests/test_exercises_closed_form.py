@@ -149,7 +149,7 @@ def test_plane_runs_and_does_not_run_again(call, refused, tmp_path, capsys, monk
 
 
 def test_results_of_the_plane_are_of_its_tables():
-    rows = plane.json_lines(ROOT / "exercises" / "results" / "plane.jsonl")
+    rows = plane.measure.json_lines(ROOT / "exercises" / "results" / "plane.jsonl")
     for part, (table, common, *_) in plane.PARTS.items():
         for regime, changes in table.items():
             settings = json.loads(json.dumps({**common, **changes}))

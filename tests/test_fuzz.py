@@ -87,7 +87,7 @@ def intact_files(folder):
     add("checkpoint", "checkpoint.pt", files.load_checkpoint, folder / "checkpoint.pt")
     add("checkpoint, old", "checkpoint.pt", files.load_checkpoint, folder / "old.pt")
     path = folder / "statistics.npz"
-    fid.Statistics(np.zeros(8), np.eye(8), "test", 100, "name", "hash").save(path)
+    fid.Statistics(np.zeros(8), np.eye(8), "test", 100, "name").save(path)
     add("statistics", "statistics.npz", lambda path: fid.open_side(str(path)), path)
     return kinds, others
 

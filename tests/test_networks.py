@@ -93,7 +93,8 @@ def test_ratio_starts_undecided_and_from_the_encoder_of_stage_1(architecture):
     x, sigma = torch.randn(2, 3, 16, 16), torch.ones(2)
     with torch.no_grad():
         assert torch.equal(ratio(x, sigma), torch.zeros(2))
-        torch.testing.assert_close(ratio.encoder.features(x, sigma), net.features(x, sigma))
+        features = net.backbone.features(x, sigma)
+        torch.testing.assert_close(ratio.encoder.features(x, sigma), features)
 
 
 @pytest.mark.parametrize("level", [0.01, 0.5, 10.0])
@@ -207,17 +208,9 @@ def test_a_saved_network_comes_back_the_same(architecture, tmp_path):
         checkpoints.load_network(tmp_path / "network.pt", role="denoiser")
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(img_resolution=30, channel_mult=(1, 2, 2)), "cannot be halved 2 times"),
-    (dict(model_channels=30), "multiple of"),
-    (dict(architecture="dit"), "unknown architecture"),
-    (dict(preconditioning="flow"), "unknown preconditioning"),
-    (dict(num_blocks=0), "must be positive"),
-    (dict(dropout=1.0), "dropout in"),
-])
-def test_impossible_configurations_are_named(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        Config(**{**SMALL, **changes})
+def test_an_image_that_cannot_be_halved_is_named():
+    with pytest.raises(ConfigError, match="cannot be halved 2 times"):
+        Config(**{**SMALL, "img_resolution": 30, "channel_mult": (1, 2, 2)})
 
 
 def test_a_norm_behind_a_frozen_encoder_trains(device):
