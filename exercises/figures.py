@@ -13,11 +13,12 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+import measure  # noqa: E402
 import plane  # noqa: E402
 import run  # noqa: E402
 import sample  # noqa: E402
 from machinery import checkpoints, data, training  # noqa: E402
-from machinery.files import UserError, json_lines  # noqa: E402
+from machinery.files import UserError  # noqa: E402
 
 COLUMNS = 12  # samples of a row in the picture
 
@@ -43,7 +44,7 @@ def draw(exercise, results, path):
     left, right = figure.subfigures(1, 2)
     axes, seconds = left.subplots(), {}
     if exercise == "teacher":  # seconds per thousand images, as `teacher.py --cost digits` measured them side by side
-        costs = {row["method"]: 1000 * row["seconds_per_image"] for row in json_lines(HERE / "results" / "teacher-cost.jsonl")}
+        costs = {row["method"]: 1000 * row["seconds_per_image"] for row in measure.json_lines(HERE / "results" / "teacher-cost.jsonl")}
         seconds = {name: costs[name.lower()] for name in rows}
     for i, (name, seeds) in enumerate(curves.items()):
         if seeds:
