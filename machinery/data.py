@@ -352,7 +352,7 @@ def _load_files(path, names, cache, resolution):
         first, count = parse(files[0], decode), len(files)
         if count * first.nbytes <= MEMORY_LIMIT:
             return np.fromiter(arrays(), np.dtype((first.dtype, first.shape)), count), labels
-        _say(f"converting {path} to {cached} (once)")
+        print(f"converting {path} to {cached} (once)", file=sys.stderr, flush=True)
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (count, *first.shape)}
         with atomic(cached) as part, open(part, "wb") as file:  # a full disk would crash a map
             np.lib.format.write_array_header_1_0(file, header)
