@@ -1,4 +1,4 @@
-"""The first contact with a device, in one command: is it right, how fast is it, does it train?
+"""Check a device with one command: is it right, how fast is it, does it train?
 
     python exercises/gpu.py                              everything; the page goes to gpu.md as it grows
     python exercises/gpu.py --parts speed --preset cifar10 --batch 4 --device cpu
@@ -38,6 +38,7 @@ import teacher  # noqa: E402
 import train_diffratio  # noqa: E402
 from machinery import checkpoints, files, training  # noqa: E402
 
+PARTS = ("correctness", "speed", "training", "compiled")
 STAGE1 = ROOT / "assets" / "digits-stage1.pt"
 
 # ---- What is measured --------------------------------------------------------------------------------
@@ -145,7 +146,6 @@ def inception_shapes():
 def features(config, rt, compiled=False):
     """Function that takes the Inception features of a batch, in float32, with weights of one."""
     net = fid.Inception({k: torch.ones(shape) for k, shape in inception_shapes().items()}, rt.device)
-    net = torch.compile(net, dynamic=False) if compiled else net
     pixels = config.img_resolution * (8 if config.architecture == "edm2" else 1)  # the images behind latents
     images = torch.zeros(rt.batch, pixels, pixels, 3, dtype=torch.uint8, device=rt.device)
     return lambda: net((fid.resize_tf1(images).permute(0, 3, 1, 2) - 128) / 128)
@@ -223,8 +223,8 @@ class Page:
         except Exception as error:  # the page is the report: the next row may still run
             text = str(error).strip().splitlines() or [""]
             cells = [f"**{type(error).__name__}: {text[0][:150]}**"]
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         self.line(f"| {name} | {' | '.join(map(str, cells))} |")
 
 
@@ -357,8 +357,8 @@ def correctness(page, rt, seconds):
 
 def matrix_rate(rt):
     """FLOP/s of a large matrix product of random numbers in the precision of training."""
-    n, dtype = (8192, torch.bfloat16) if rt.device.type == "cuda" else (2048, torch.float32)
-    dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(rt.precision, dtype)
+    n = 8192 if rt.device.type == "cuda" else 2048
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[rt.precision]
     a, b = (torch.randn(n, n, device=rt.device, dtype=dtype) for _ in range(2))
     a @ b
     return 2 * n**3 / measure(lambda: a @ b, rt.device, 10)[0]
@@ -370,7 +370,8 @@ def images_that_fit(page, preset, config, rt):
         return 32
     total = torch.cuda.get_device_properties(rt.device).total_memory
     fixed, per_image = memory.count(dataclasses.replace(config, dropout=0.0), 2048)
-    n = min(512, 2 ** (int((0.85 * total - fixed) / per_image).bit_length() - 1))
+    fitting = max(1, int((0.85 * total - fixed) / per_image))
+    n = min(512, 2 ** (fitting.bit_length() - 1))
     page.line(f"| {preset}: memory of stage 2 with {n} images, computed | | | | | {(fixed + n * per_image) / 1e9:.1f} |")
     return n
 
@@ -426,20 +427,25 @@ def train(page, rt, seconds):
         except RuntimeError as error:  # no data here, or too slow
             page.line(f"| Fashion-MNIST | not run: {error} |")
             name = "digits"
-        for script in ("pretrain.py", "train_diffratio.py"):
+        stage1, stage2 = f"{folder}/pretrain", f"{folder}/dijs"
+        for script, flags in (("pretrain.py", ("--outdir", stage1)),
+                              ("train_diffratio.py", ("--init", f"{stage1}/network.pt", "--outdir", stage2))):
             begin = time.monotonic()
-            page.row(f"{name}, {script}", lambda: [call(script, "--preset", name, *device).splitlines()[-2]])
+            page.row(f"{name}, {script}", lambda: [call(script, "--preset", name, *flags, *device).splitlines()[-2]])
             page.line(f"| seconds | {time.monotonic() - begin:.0f} |")
         samples = f"{folder}/samples.npz"
-        page.row("samples", lambda: [call("sample.py", "--network", f"runs/{name}/dijs/network.pt", "--n", 5000,
+        page.row("samples", lambda: [call("sample.py", "--network", f"{stage2}/network.pt", "--n", 5000,
                                           "--out", samples, *device).splitlines()[-1]])
-        table = call("exercises/measure.py", name, "--pretrained", f"runs/{name}/pretrain/network.pt", f"one step={samples}")
+        try:
+            table = call("exercises/measure.py", name, "--pretrained", f"{stage1}/network.pt", f"one step={samples}")
+        except RuntimeError as error:
+            table = f"not measured: {error}"
     page.line(f"\n{table}")
 
 
 def main():
     args = training.Parser(__doc__, dict(
-        parts=("correctness,speed,training,compiled", "what to run, with commas between"),
+        parts=(",".join(PARTS), "what to run, with commas between"),
         preset=(None, "speed: whose networks, with commas between (default: cifar10,imagenet64,imagenet512; on a CPU fashion-mnist)",
                 str),
         batch=(None, "speed: images at once (default: what the memory takes, at most 512; 32 on a CPU)", int),
@@ -451,14 +457,15 @@ def main():
     rt = training.start(args.device, args.precision, alone=True)
     on_gpu = rt.device.type == "cuda"
     minutes = args.minutes or (25 if on_gpu else 3)
+    presets = (args.preset or ("cifar10,imagenet64,imagenet512" if on_gpu else "fashion-mnist")).split(",")
+    parts, quarter = args.parts.split(","), minutes * 60 / 4
+    for flag, given, known in (("parts", parts, PARTS), ("preset", presets, pretrain.PRESETS)):
+        if unknown := set(given) - {*known}:
+            raise files.UserError(f"--{flag} {min(unknown)}: unknown; known: {', '.join(known)}")
     page = Page(args.out)
     page.line(f"{hardware(rt.device)}; PyTorch {torch.__version__}, Python {platform.python_version()}; {datetime.date.today()}")
     if not on_gpu:
-        page.line(f"\nThere is no CUDA device here: the CPU runs what it can in {minutes:g} minutes.")
-    presets = (args.preset or ("cifar10,imagenet64,imagenet512" if on_gpu else "fashion-mnist")).split(",")
-    parts, quarter = args.parts.split(","), minutes * 60 / 4
-    if unknown := set(parts) - {"correctness", "speed", "training", "compiled"}:
-        raise files.UserError(f"--parts {min(unknown)}: unknown; known: correctness, speed, training, compiled")
+        page.line(f"\nOn the CPU: what fits into {minutes:g} minutes. Training and compiled networks are not run.")
     for name in parts:
         if name == "correctness":
             correctness(page, rt, quarter)
