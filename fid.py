@@ -167,8 +167,7 @@ def inception(rt, path=None):
     if not path and not file.exists():
         files.download(url, file, "sha256", INCEPTION_HASH)
     with files.reading(file, "the weights of Inception v3", f"get {url}"):
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        net = Inception(state, rt.device)
+        net = Inception(files.load_plain(file), rt.device)
         net(torch.zeros(1, 3, 299, 299, device=rt.device))  # fails where weights do not fit
         found = files.file_hash(file)
     tag = INCEPTION_TAG if found.startswith(INCEPTION_HASH) else f"inception sha256:{found[:16]}"
@@ -221,13 +220,19 @@ class Statistics:
     rows: np.ndarray = None
 
     def __post_init__(self):
-        self.mu, self.sigma = self.mu.astype(np.float64), self.sigma.astype(np.float64)
-        d, sigma, rows = self.mu.shape, self.sigma, self.rows
-        fit = sigma.shape == 2 * d and (rows is None or rows.shape[1:] == d)
-        if not (fit and np.isfinite(self.mu).all() and np.isfinite(sigma).all()
-                and np.abs(sigma - sigma.T).max() <= 1e-5 * np.abs(sigma).max()):
-            raise UserError(f"{self.name}: expected finite mu [d], symmetric sigma [d, d] and rows "
-                            "[m, d]; get them again")
+        mu, sigma, rows = self.mu, self.sigma, self.rows
+        with files.reading(self.name, "statistics of features", "make them again"):
+            if not (mu.dtype.kind + sigma.dtype.kind == "ff" and sigma.shape == 2 * mu.shape
+                    and np.isfinite(mu).all() and np.isfinite(sigma).all()
+                    and np.abs(sigma - sigma.T).max() <= 1e-5 * np.abs(sigma).max()
+                    and sigma.diagonal().min() >= -1e-5 * np.abs(sigma).max()):
+                raise ValueError(f"mu {mu.dtype} {list(mu.shape)}, sigma {sigma.dtype} "
+                                 f"{list(sigma.shape)}: expected finite float64 [d] and a "
+                                 "covariance [d, d]")
+            if rows is not None and not (rows.dtype == np.float32 and rows.shape[1:] == mu.shape
+                                         and np.isfinite(rows).all()):
+                raise ValueError(f"expected finite float32 rows [m, {len(mu)}]")
+        self.mu, self.sigma = mu.astype(np.float64), sigma.astype(np.float64)
 
     @classmethod
     def of(cls, features, tag):
@@ -280,13 +285,15 @@ def measure(extractor, read, n, rt, batch=64, name="samples"):
     device, dim, scored = extractor.device, extractor.dim, extractor.tag.startswith("inception")
     chosen, splits = random_choice(n, PAIRS_LIMIT), min(10, n)
     split = ((torch.arange(n, device=device) + 1) * splits - 1) // n  # of each image
+    # Sums around a point among the features keep their digits where the mean is large.
+    origin = rt.sum(extractor(read(range(1)))[0][0].double()) / rt.world_size
     sizes = {"x": [dim], "xx": [dim, dim], "p": [splits, 1008], "p_log_p": [splits]}
     sums = {k: torch.zeros(size, dtype=torch.double, device=device) for k, size in sizes.items()}
     sums["rows"] = torch.zeros(len(chosen), dim, device=device)
     for i in range(rt.rank * batch, n, rt.world_size * batch):
         j = min(i + batch, n)
         features, logits = extractor(read(range(i, j)))
-        x = features.double()
+        x = features.double() - origin
         sums["x"] += x.sum(dim=0)
         sums["xx"].addmm_(x.T, x)
         low, high = torch.searchsorted(chosen, torch.tensor([i, j])).tolist()
@@ -300,10 +307,10 @@ def measure(extractor, read, n, rt, batch=64, name="samples"):
             print(f"{name}: {j} of {n}", end=end, file=sys.stderr, flush=True)
     sums = {key: rt.sum(value).cpu() for key, value in sums.items()}
 
-    mu = sums["x"] / n
-    sigma = (sums["xx"] - n * mu.outer(mu)) / (n - 1)
-    rows = sums["rows"].numpy()
-    statistics = Statistics(mu.numpy(), sigma.numpy(), extractor.tag, n, name, rows)
+    mean = sums["x"] / n
+    sigma = (sums["xx"] - n * mean.outer(mean)) / (n - 1)
+    mu, rows = (origin.cpu() + mean).numpy(), sums["rows"].numpy()
+    statistics = Statistics(mu, sigma.numpy(), extractor.tag, n, name, rows)
     count = split.cpu().bincount()
     p = sums["p"] / count[:, None]
     score = (sums["p_log_p"] / count - torch.special.xlogy(p, p).sum(dim=1)).exp()

@@ -45,11 +45,22 @@ class Config:
     def __post_init__(self):
         for name in ("channel_mult", "attn_resolutions"):  # lists in files
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        size, levels = self.img_resolution, len(self.channel_mult)
-        if size % 2 ** (levels - 1):
+        arch, kind, size = self.architecture, self.preconditioning, self.img_resolution
+        if arch not in ("ddpmpp", "ncsnpp", "adm", "edm2"):
+            raise ConfigError(f"unknown architecture {arch!r}; known: ddpmpp, ncsnpp, adm, edm2")
+        if kind not in ("edm", "vp", "ve"):
+            raise ConfigError(f"unknown preconditioning {kind!r}; known: edm, vp, ve")
+        sizes = (size, self.img_channels, self.model_channels, self.num_blocks, *self.channel_mult)
+        rest = self.label_dim >= 0 and 0 <= self.dropout < 1 and 0 < self.sigma_data < math.inf
+        if not self.channel_mult or min(sizes) < 1 or not rest:
+            raise ConfigError(f"sizes and sigma_data must be positive, dropout in [0, 1): {self}")
+        if self.model_channels % 4:
+            raise ConfigError(f"model_channels must be a multiple of 4, not {self.model_channels}")
+        halvings = len(self.channel_mult) - 1
+        if size % 2**halvings:
             raise ConfigError(
-                f"images of {size}x{size} cannot be halved {levels - 1} times, as a network with "
-                f"{levels} levels does; resize them to a multiple of {2 ** (levels - 1)}")
+                f"images of {size}x{size} cannot be halved {halvings} times, as a network with "
+                f"{halvings + 1} levels does; resize them to a multiple of {2**halvings}")
 
 
 NETWORKS = {  # in the order of Config's fields, up to dropout

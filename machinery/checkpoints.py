@@ -44,8 +44,14 @@ def load_network(path, role=None):
             raise UserError(f"only {len(state)} tensors, too few for the network; get it again")
         with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
             net = RatioNetwork(config) if about["role"] == "ratio" else Denoiser(config)
-        state = {k: v.float().contiguous() for k, v in state.items()}
-        net.load_state_dict(state, assign=True)  # fails where weights do not fit
+        wanted = {k: list(v.shape) for k, v in net.state_dict().items()}
+        found = {k: list(v.shape) for k, v in state.items() if v.is_floating_point()
+                 and v.layout == torch.strided and v.device.type == "cpu"}
+        if wanted != found:
+            key = min(k for k in wanted | found if wanted.get(k) != found.get(k))
+            raise UserError(f"weights do not fit the network: {key} is {found.get(key, 'missing')}"
+                            f", expected {wanted.get(key, 'nothing')}; get it again")
+        net.load_state_dict({k: v.float().contiguous() for k, v in state.items()}, assign=True)
         net.about = about
         return net.eval()
 
@@ -73,8 +79,9 @@ def _published(data):
     """(config, about, state dict) of an EDM or EDM2 pickle."""
     net = data.get("ema") if isinstance(data, dict) else None
     if not isinstance(net, Stub):
-        raise UserError("a pickle without a network named ema; give a network-snapshot-*.pkl of "
-                        "EDM or EDM2")
+        holds = ", ".join(map(str, data)) if isinstance(data, dict) else type(data).__name__
+        raise UserError(f"a pickle of {holds}, without a network named ema; "
+                        "give a network-snapshot-*.pkl of EDM or EDM2")
     state, modules = {}, [("", net)]
     for prefix, module in modules:  # grows as it goes
         attributes = module.args[0]["state"] if module.args else module.state

@@ -244,12 +244,12 @@ def _check(images):
     shape, dtype = images.shape, images.dtype
     if 0 in shape:
         raise UserError("holds no images; give others")
-    fits = len(shape) == 4 and (
-        dtype == np.uint8 and shape[1] == shape[2] and shape[3] in (1, 3)
-        or dtype == np.float32 and shape[1] == 8 and shape[2] == shape[3])
-    if not fits:
-        raise UserError(f"{dtype} {list(shape)}; expected square images, uint8 [N, H, H, 1 or 3], "
-                        f"or latents, float32 [N, 8, h, h]; {RESIZE}")
+    if dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3):
+        if shape[1] != shape[2]:
+            raise UserError(f"{shape[2]}x{shape[1]} pixels, but networks need squares; {RESIZE}")
+    elif dtype != np.float32 or len(shape) != 4 or shape[1] != 8 or shape[2] != shape[3]:
+        raise UserError(f"{dtype} {list(shape)}; expected images, uint8 [N, H, W, 1 or 3], "
+                        "or latents, float32 [N, 8, h, h]")
     return images
 
 
@@ -282,7 +282,10 @@ def _load_cifar10(path, test):
 
 def _load_npz(path):
     arrays = np.load(path)  # executes nothing: allow_pickle is False
-    images = np.ascontiguousarray(arrays["images" if "images" in arrays else "arr_0"])
+    key = "images" if "images" in arrays else "arr_0"
+    if key not in arrays:
+        raise UserError(f"holds {arrays.files}, but no images (`arr_0` or `images`); give another")
+    images = np.ascontiguousarray(arrays[key])
     images = images[..., None] if images.ndim == 3 else images
     key = "labels" if "labels" in arrays else "arr_1"
     return images, lambda: [arrays.get(key)]

@@ -113,15 +113,20 @@ def save_checkpoint(data, path):
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
+def load_plain(path, mmap=False):
+    """Read a file of tensors and plain data to the CPU. mmap: processes share the tensors."""
+    if zipfile.is_zipfile(path):  # torch's format, of which torch ignores the check sums
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"check sum of {damaged}")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
 def load_checkpoint(path, mmap=False):
-    """Read what `save_checkpoint` wrote, with a `kind`. mmap: processes share the tensors."""
+    """Read what `save_checkpoint` wrote, with a `kind`."""
     what, remedy = "a checkpoint of this project", "restore a copy, or delete it and train again"
     with reading(path, what, remedy):
-        if zipfile.is_zipfile(path):  # torch's format, of which torch ignores the check sums
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"check sum of {damaged}")
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        data = load_plain(path, mmap)
         if not isinstance(data, dict) or "kind" not in data:
             raise UserError(f"not {what}; give another file")
         return data

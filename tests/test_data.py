@@ -477,7 +477,7 @@ BAD_IMAGES = [
     (BOTH, {"notes.txt": "no image"}, ["0 images"]),
     (BOTH, {"a.png": PNG, "b.png": png(NOISE[0, :9, :9])},
      ["b.png", "[9, 9, 3]", "a.png", "[8, 8, 3]", "--resolution"]),
-    (BOTH, {"a.png": png(RGB[0, :, :6])}, ["a.png", "[1, 8, 6, 3]", "square", "--resolution"]),
+    (BOTH, {"a.png": png(RGB[0, :, :6])}, ["a.png", "6x8", "square", "--resolution"]),
     (BOTH, {"a.png": "this is text"}, ["a.png", "not an image"]),
     (BOTH, {"a.png": png(NOISE[0])[:5000]}, ["a.png", "truncated"]),
     (BOTH, {"a.png": png_header(14000, 8, 2)}, ["a.png: too large"]),  # not damaged
@@ -488,7 +488,7 @@ BAD_IMAGES = [
     (BOTH, {"a.npy": LATENT, "b.npy": npy(np.zeros((8, 4, 4), np.float32))},
      ["b.npy", "[8, 4, 4]", "[8, 8, 8]"]),
     *[(BOTH, {"a.npy": content}, ["a.npy"]) for content in (LATENT[:200], pickle.dumps([1]))],
-    ("a.npz", {"mu": np.eye(4), "sigma": np.eye(4)}, ["arr_0 is not a file"]),
+    ("a.npz", {"mu": np.eye(4), "sigma": np.eye(4)}, ["holds ['mu', 'sigma'], but no images"]),
     *[("a.npz", {"arr_0": np.zeros(shape, np.uint8)}, [words]) for shape, words in (
         ((2, 8, 8, 4), "[2, 8, 8, 4]"), ((8, 8), "[8, 8]"), ((0, 8, 8, 3), "no images"),
         ((2, 8, 9, 3), "square"))],

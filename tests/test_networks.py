@@ -208,9 +208,17 @@ def test_a_saved_network_comes_back_the_same(architecture, tmp_path):
         checkpoints.load_network(tmp_path / "network.pt", role="denoiser")
 
 
-def test_an_image_that_cannot_be_halved_is_named():
-    with pytest.raises(ConfigError, match="cannot be halved 2 times"):
-        Config(**{**SMALL, "img_resolution": 30, "channel_mult": (1, 2, 2)})
+@pytest.mark.parametrize("changes, message", [
+    (dict(img_resolution=30, channel_mult=(1, 2, 2)), "cannot be halved 2 times"),
+    (dict(model_channels=30), "multiple of"),
+    (dict(architecture="dit"), "unknown architecture"),
+    (dict(preconditioning="flow"), "unknown preconditioning"),
+    (dict(num_blocks=0), "must be positive"),
+    (dict(dropout=1.0), "dropout in"),
+])
+def test_impossible_configurations_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Config(**{**SMALL, **changes})
 
 
 def test_a_norm_behind_a_frozen_encoder_trains(device):
