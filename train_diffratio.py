@@ -60,7 +60,7 @@ NOISE_WEIGHTS = {
     "none": lambda sigma: torch.ones_like(sigma),
     "sigma": lambda sigma: sigma,
     "sigma2": lambda sigma: sigma**2,
-    "edm": lambda sigma: sigma * (sigma**2 + 0.25).sqrt() / 0.5,  # sigma^2 / c_out
+    "edm": lambda sigma: sigma**2 / networks.preconditioning("edm", sigma, 0.5)[1],
 }
 
 

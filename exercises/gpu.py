@@ -386,10 +386,12 @@ def speed(page, rt, presets, batch, seconds, repeats, compiled=False):
     def cells(prepare, config, here):
         torch.manual_seed(0)
         torch._dynamo.reset()
+        function = prepare(config, here)
         with FlopCounterMode(display=False) as counter:
-            prepare(config, here)()
-        function = prepare(config, here, compiled)
-        function()
+            function()
+        if compiled:
+            function = prepare(config, here, compiled)
+            function()
         seconds, memory_gb = measure(function, rt.device, 1 if prepare is heun else repeats)
         flop = counter.get_total_flops()
         return (f"{here.batch / seconds:.4g}", f"{seconds:.3g}", f"{flop / seconds / 1e12:.3g}",

@@ -293,6 +293,16 @@ def test_the_classifier_tells_digits_and_is_kept(digits, monkeypatch):
         classifier.load(data.Dataset("corrected", first.images, (first.labels + 1) % 10))
 
 
+def test_coloured_images_have_a_classifier_and_test_images_of_their_own(digits, tmp_path):
+    """The digits, enlarged and coloured; `test` names the images that are held out. Mirrored digits are hard to tell."""
+    images = digits.images.repeat(2, axis=1).repeat(2, axis=2) // np.array([1, 2, 3], np.uint8)
+    for name, part in (("train", slice(1500)), ("test", slice(1500, 1797))):
+        np.savez(tmp_path / f"{name}.npz", images=images[part], labels=digits.labels[part])
+    held = measure.Measures(f"{tmp_path}/train.npz", test=f"{tmp_path}/test.npz")
+    assert np.array_equal(held.reference.images, images[1500:])
+    assert held.floors()["data: training against test images"]["accuracy"] > 0.5
+
+
 def test_measures_tell_good_from_bad_and_from_memory(measures, digits):
     """Data is near data; noise covers nothing; copies of one image are precise, cover nothing, are at distance zero."""
     rng = np.random.default_rng(0)

@@ -240,7 +240,7 @@ def test_resampling_by_the_exact_ratio_moves_the_generator_to_the_data(device):
 def test_weights_over_noise_levels():
     """`edm` is sigma^2 / c_out of EDM's Table 1; all are what their names say."""
     sigma = torch.tensor([0.01, 0.5, 24.0])
-    c_out = preconditioning("edm", sigma, 0.5)[1]
+    c_out = sigma * 0.5 / (sigma**2 + 0.25).sqrt()
     wanted = {"none": sigma**0, "sigma": sigma, "sigma2": sigma**2, "edm": sigma**2 / c_out}
     assert wanted.keys() == train_diffratio.NOISE_WEIGHTS.keys()
     for name, weight in train_diffratio.NOISE_WEIGHTS.items():

@@ -16,14 +16,12 @@ import pytest
 import torch
 from conftest import ROOT, SHORT, alike, weights
 
-from machinery import checkpoints
 from machinery import data
 import fid
 from machinery import files
 import networks
 import pretrain
 from machinery import training
-import sample
 import train_diffratio
 
 pytestmark = pytest.mark.usefixtures("one_thread")
