@@ -522,3 +522,12 @@ def test_bad_input_is_one_line(samples, message, call, capsys, network, tmp_path
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == ""
     assert err.count("\n") == 1 and re.search(message, err), err
+
+
+def test_damaged_weights_of_inception_are_refused(weights, tmp_path):
+    """One changed byte: torch would load it, and the FID would be another."""
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "inception.pth").write_bytes(content)
+    with pytest.raises(UserError, match="not the weights of Inception v3, or damaged.*check sum"):
+        fid.inception(ONE_RANK, tmp_path / "inception.pth")
