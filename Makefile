@@ -7,16 +7,25 @@ PYTHON ?= python3
 SEED ?= 0
 OUT ?= runs/digits$(if $(filter-out 0,$(SEED)),-$(SEED))
 PY = .venv/bin/python
+RUNS = $(patsubst %, tests/test_%.py, runs training method fid)
 
-.PHONY: demo test exercises
+.PHONY: demo test test-runs test-others exercises
 
 demo: .venv/ready
 	$(PY) pretrain.py --seed $(SEED) --outdir $(OUT)/pretrain
 	$(PY) train_diffratio.py --seed $(SEED) --init $(OUT)/pretrain/network.pt --outdir $(OUT)/dijs
 	$(PY) exercises/demo.py --pretrained $(OUT)/pretrain/network.pt --generator $(OUT)/dijs/network.pt --outdir $(OUT) --seed $(SEED)
 
-test: .venv/ready
-	$(PY) -m pytest -q tests
+test: .venv/ready  # in two processes of one thread each, which is faster than one process of two
+	@$(MAKE) --no-print-directory -j2 test-runs test-others
+
+test-%: export OMP_NUM_THREADS ?= 1
+
+test-runs:
+	$(PY) -m pytest -q $(RUNS)
+
+test-others:
+	$(PY) -m pytest -q $(filter-out $(RUNS), $(wildcard tests/test_*.py))
 
 exercises: .venv/ready-exercises
 	$(PY) exercises/warmups.py

@@ -1,10 +1,10 @@
 """FID, Inception Score, KID, precision and recall of images.
 
 Compares samples with a reference. Each is a data set name, a folder or zip of images, a `.npz` of
-images, or statistics as NVIDIA publishes them (a `.npz` of `mu` and `sigma`, or EDM2's `.pkl`). Of
-a file with both (ADM's VIRTUAL_*.npz) FID uses the statistics, all else the images.
-Features are Inception's (a download of 95 MB), or with --features those of a stage-1 network, whose
-numbers compare with nothing published. KID, precision and recall take at most 10,000 images a side.
+images, or statistics as NVIDIA publishes them (a `.npz` of `mu` and `sigma`, or EDM2's `.pkl`). If
+a file has both (ADM's VIRTUAL_*.npz), FID uses the statistics, the other measures the images.
+Features are Inception's (a download of 95 MB), or with --features those of a stage-1 network, which
+give no published numbers. KID, precision and recall take at most 10,000 images a side.
 
     python fid.py samples.npz cifar10
     python fid.py samples.npz cifar10-32x32.npz --json
@@ -37,11 +37,11 @@ INCEPTION_TAG = "inception-2015-12-05"
 NETWORK_SIGMA = 0.2  # noise level that a stage-1 network is told
 PUBLISHED_COUNT = 50_000  # images on each side in published tables
 PAIRS_LIMIT = 10_000  # images on each side for KID, precision and recall
-TWO = training.number("2 or more", int, 2)  # images of a covariance
+AT_LEAST_TWO = training.number("2 or more", int, 2)  # images of a covariance
 SETTINGS = dict(  # of FID during training
-    fid_every=(None, "measure FID of the averaged generator every so many thousand images and keep "
-               "the best as network-best.pt (default: never)", float),
-    fid_images=(50_000, "samples per measurement", TWO),
+    fid_every=(None, "measure FID of the averaged generator at this interval, in thousands of "
+               "images, and keep the best as network-best.pt (default: never)", float),
+    fid_images=(50_000, "samples per measurement", AT_LEAST_TWO),
     fid_reference=(None, "what to compare with: images or statistics (default: --data)", str),
     fid_features=(None, "stage-1 network whose features to use (default: Inception)", str),
     inception=(None, "Inception weights (default: torch's hub cache, or a download)", str),
@@ -326,7 +326,7 @@ def measure_dataset(extractor, dataset, rt, batch=64, indices=None):
 
 def reference_statistics(extractor, dataset, rt, batch=64):
     """`Statistics` of a whole data set, from the cache folder if they were computed before."""
-    # Count the 2 up when the features, or what is kept of them, change.
+    # Increment the 2 when the features, or what is kept of them, change.
     key = hashlib.sha256(f"2 {dataset.fingerprint()} {extractor.tag}".encode()).hexdigest()[:32]
     path = files.cache_dir() / "stats" / f"{key}.npz"
     if rt.agree(not path.exists()):
@@ -455,7 +455,7 @@ def open_side(spec, resolution=None):
 
 
 def training_fid(args, dataset, run, net, write_networks):
-    """Function that measures and logs the FID of `net` when it is due, and writes the best `net`.
+    """Function that measures and logs the FID of `net` when due, and writes the best networks.
 
     Raises here, before training, if samples, reference and features do not fit together.
     """
@@ -463,11 +463,12 @@ def training_fid(args, dataset, run, net, write_networks):
         return lambda: None
     rt, given, images = run.rt, None, dataset
     extractor = load_extractor(rt, args.fid_features, args.inception)
-    if args.fid_reference:
-        given, images = rt.main_first(lambda: open_side(args.fid_reference, args.resolution))
     decode, size, channels = data.to_uint8, dataset.resolution, dataset.channels
     if dataset.is_latent:
         decode, size, channels = sample.latent_decoder(rt.device), 8 * size, 3
+    if args.fid_reference:
+        crop = size if dataset.is_latent else args.resolution
+        given, images = rt.main_first(lambda: open_side(args.fid_reference, crop))
     drawn = data.Dataset("the generator", np.zeros((2, size, size, channels), np.uint8))
     check_images(extractor, images, given, drawn)
     reference = given or reference_statistics(extractor, images, rt)
@@ -492,12 +493,13 @@ def arguments():
     parser = training.Parser(__doc__, dict(
         features=(None, "stage-1 network whose features to use (default: Inception)", str),
         inception=SETTINGS["inception"],
-        count=(None, "so many random images of each side that has more (default: all)", TWO),
+        count=(None, "at most so many images a side, chosen at random (default: all)",
+               AT_LEAST_TWO),
         seed=(0, "seed of the choice of --count", training.integer),
         batch=(64, "images at once on each rank"),
         device=training.DEVICE,
         json=(False, "print one line of JSON instead of text"),
-        resolution=(None, "cut the middle out of images and resize it to N x N", int),
+        resolution=(None, "crop the centre of images and resize it to N x N", int),
         save_stats=(None, "write the statistics of REFERENCE to this .npz", str)))
     parser.add_argument("samples", metavar="SAMPLES", help="images or statistics")
     parser.add_argument("reference", metavar="REFERENCE", help="the same, often the training set")

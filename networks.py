@@ -136,9 +136,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x):
         if self.weight.requires_grad and not x.requires_grad:
-            x = x.contiguous()  # after a frozen encoder PyTorch 2.13 crashes: CPU, channels-last
+            x = x.contiguous()  # PyTorch 2.13 crashes on the CPU, channels-last, without a gradient
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        # Autocast would return float32, which autograd keeps. The sums are float32 in any case.
+        # Autocast would make and keep float32 activations. The kernel sums in float32 anyway.
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
@@ -158,7 +158,7 @@ def initialise(layer, config, gain=1.0):
 
 
 class Resample(nn.Module):
-    """Change of resolution without weights. Published checkpoints hold its filter."""
+    """Change of resolution without weights. The filter is in published checkpoints."""
 
     def __init__(self, mode):
         super().__init__()
@@ -216,7 +216,7 @@ class NoiseEmbedding(nn.Module):
 class EDMBlock(nn.Module):
     """Residual block: x [N, cin, H, W], emb [N, 4 model_channels] -> [N, cout, H', W'].
 
-    mode: as in `resample`. decoder: makes a difference only in EDM2.
+    mode: as in `resample`. decoder: only EDM2's block needs it.
     """
 
     def __init__(self, config, cin, cout, mode="keep", attend=False, decoder=False):
@@ -526,7 +526,7 @@ class Denoiser(nn.Module):
 
 
 class RatioNetwork(nn.Module):
-    """The logit h(x, sigma) = log p_sigma(x) / q_sigma(x): data density over generator density.
+    """The logit h(x, sigma) = log(p_sigma(x) / q_sigma(x)): data density over generator density.
 
     sigmoid(h) is the probability that x is noised data rather than a noised sample. The network is
     the denoiser's encoder and a head: GroupNorm, SiLU, the mean over positions and a linear layer

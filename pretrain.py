@@ -5,8 +5,8 @@ Elucidating the Design Space of Diffusion-Based Generative Models (EDM), arXiv 2
 weights, for sampling and for stage 2), checkpoint.pt, log.jsonl and sample grids. The same command
 again resumes the run.
 
-    python pretrain.py                                    the embedded digits, minutes on a CPU
-    python pretrain.py --preset fashion-mnist             half an hour to an hour
+    python pretrain.py                                    the included digits, minutes on a CPU
+    python pretrain.py --preset fashion-mnist             half an hour
     torchrun --nproc-per-node 8 pretrain.py --preset cifar10
 """
 
@@ -24,9 +24,9 @@ from machinery.training import UserError, finite, fraction, not_negative
 
 SETTINGS = dict(  # {flag: (default, help[, type or choices])}
     network=(None, "architecture; its resolution follows the data", list(networks.NETWORKS)),
-    cond=(False, "condition on the class labels of the data (default: they are not used)"),
+    cond=(False, "condition on the class labels of the data"),
     xflip=(False, "mirror half of the images"),
-    dropout=(None, "dropout probability (default: that of --network)", fraction),
+    dropout=(None, "dropout probability; None: that of --network", fraction),
     p_mean=(-1.2, "mean of ln sigma, sigma being the noise level (EDM, Table 1)", finite),
     p_std=(1.2, "standard deviation of ln sigma"),
     lr=(None, "learning rate of Adam, after its ramp-up", float),
@@ -108,8 +108,8 @@ def network_config(name, dataset, cond, dropout=None):
 
 def load_init(args, dataset):
     """Stage 2: the `Denoiser` that --init names, checked against the data."""
-    if args.init == "random" and not args.network:
-        raise UserError("--init random: say which network with --network")
+    if bool(args.network) != (args.init == "random"):
+        raise UserError("--init random and --network NAME go together: give both or neither")
     if args.init == "random":
         cond = networks.NETWORKS[args.network].label_dim > 0
         return networks.Denoiser(network_config(args.network, dataset, cond))

@@ -24,7 +24,7 @@ import networks
 from machinery import checkpoints, data, training
 from machinery.training import UserError
 
-DIGITS = str(Path(__file__).parent / "assets" / "digits.pt")  # the generator of `make demo`
+DIGITS = str(Path(__file__).parent / "assets" / "digits.pt")
 VAE = "stabilityai/sd-vae-ft-mse"  # what EDM2's latents were made with
 
 
@@ -42,7 +42,7 @@ def sigma_steps(steps):
 
 @torch.no_grad()
 def heun(net, z, labels=None, steps=18):
-    """Heun's method for the probability flow ODE; EDM, Algorithm 1. 2 steps - 1 evaluations.
+    """Heun's method for the probability flow ODE; EDM, Algorithm 1; 2 * steps - 1 evaluations.
 
     z [N, C, H, W] standard normal -> images [N, C, H, W] float32. The state is float64, as in EDM.
     """
@@ -77,7 +77,8 @@ def generate(net, z, labels=None, steps=18):
 def random_state(*key):
     """A NumPy generator whose stream depends on `key` alone, on 128 bits of its hash.
 
-    PyTorch's CPU generator takes 32 bits of a seed: two of 50,000 images often share their noise.
+    PyTorch's CPU generator takes 32 bits of a seed: with a chance of 1/4 two of 50,000 images
+    would have the same noise.
     The streams of RandomState never change (NEP 19).
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
@@ -197,15 +198,15 @@ def load_ratio(path, net, network):
 SETTINGS = dict(  # {flag: (default, help[, type or choices])}
     network=(DIGITS, "network.pt of either stage, or a published EDM or EDM2 pickle"),
     n=(64, "number of images"),
-    seed=(0, "image i of a seed is the same in any batch", training.integer),
+    seed=(0, "random seed; --batch does not change the images", training.integer),
     out=("samples.png", "a .png (grid), a .npz (batch) or a new folder (PNG files)"),
     steps=(18, "Heun steps, for stage-1 networks"),
     one_step=(None, "one step from a stage-1 network, at this noise level", float),
     **{"class": (None, "class of all images, or `each` in turn (default: random)", str)},
-    batch=(64, "images at once; changes the memory only"),
+    batch=(64, "images at once; affects only the memory"),
     ratio=(None, "ratio.pt of stage 2, for --candidates", str),
-    candidates=(1, "draw so many per image and keep one by the ratio"),
-    ratio_sigma=(0.1, "noise level at which the ratio is read"),
+    candidates=(1, "number of candidates per image, of which the ratio keeps one"),
+    ratio_sigma=(0.1, "noise level at which the ratio is evaluated"),
     vae=(VAE, "decoder for latents, a name or folder (needs diffusers)"),
     device=training.DEVICE,
     precision=("fp32", *training.PRECISION[1:]),
@@ -231,7 +232,7 @@ def main():
         raise UserError(f"{args.network} is a ratio network; give the network.pt beside it")
     if args.one_step and role == "generator":
         raise UserError(f"--one-step is for networks of stage 1; {args.network} holds a generator")
-    if args.one_step:  # as stage 2 finds it
+    if args.one_step:  # what stage 2 starts from
         role, net.about = "generator", {**net.about, "role": "generator", "t_init": args.one_step}
     known = {str(label): label for label in ["each", *range(classes)]} if classes else {}
     if args.label and args.label not in known:

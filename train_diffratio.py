@@ -3,14 +3,15 @@
 DiffRatio: Training One-Step Diffusion Models Without Teacher Supervision, arXiv 2502.08005. The
 generator is G(z) = D(t_init z; t_init), a copy of the stage-1 network at one noise level. A ratio
 network learns to tell noised data from noised samples; its logit h estimates log(p_sigma/q_sigma).
-The generator follows the gradient of a divergence of h. There is no teacher.
+The generator minimises a divergence between q and p, whose gradient is computed from h. There is
+no teacher.
 
 Reads a data set and the network of stage 1 (`--init`: a network.pt of pretrain.py or a published
 EDM or EDM2 pickle). Writes into --outdir network.pt (the averaged generator), ratio.pt, a
 checkpoint, a log and sample grids. The same command again resumes the run.
 
     python train_diffratio.py                                  after python pretrain.py
-    torchrun train_diffratio.py --divergence dijs              or dikl, dirm, fkl
+    python train_diffratio.py --divergence dikl                or dijs, dirm, fkl
     torchrun --nproc-per-node 8 train_diffratio.py --preset cifar10
 """
 
@@ -33,8 +34,8 @@ from machinery.training import finite, fraction, not_negative
 # -------------------------------------------------------------------------------------------------
 # The method. docs/method.md derives each formula. h = log(p_sigma/q_sigma), data over generator.
 
-# The gradient of D_f(q || p) = E_p[f(u)], u = q / p, is that of E_q[f'(u)] with u held fixed. Each
-# line is f'(u) at u = exp(-h), up to a constant.
+# The gradient of D_f(q || p) = E_p[f(u)], u = q / p, is that of E_q[f'(u(x))] with the function u
+# held fixed: it flows through x alone. Each line is f'(u) at u = exp(-h), up to a constant.
 DIVERGENCES = {
     "dijs": lambda h: -0.5 * F.softplus(h),  # Jensen-Shannon, f = (u ln u - (u+1) ln((u+1)/2)) / 2
     "dikl": lambda h: -h,  # reverse Kullback-Leibler, f = u ln u
@@ -54,8 +55,8 @@ def noise_levels(args, rt):
 
 
 # Weight of the generator's loss at each noise level. Unweighted it follows grad h, which is
-# (D_p - D_q) / sigma^2, so small noise decides. SiD and DMD follow D_p - D_q divided by its size;
-# c_out of EDM (Table 1, sigma_data = 0.5), the error of a denoiser, stands in for that size.
+# (D_p - D_q) / sigma^2, so small noise decides. SiD and DMD divide D_p - D_q by the denoising error
+# |x - D_p|. Here EDM's c_out (Table 1, sigma_data = 0.5), the expected error, stands in for it.
 NOISE_WEIGHTS = {
     "none": lambda sigma: torch.ones_like(sigma),
     "sigma": lambda sigma: sigma,
@@ -68,7 +69,7 @@ def ratio_loss(ratio, real, fake, sigma, eps_real, eps_fake, labels=None):
     """Binary cross-entropy on noised data (label 1) and noised samples (label 0), per pair [N].
 
     real, fake, eps_* [N, C, H, W]; sigma [N], the same for both. Returns the loss and the logits
-    [N] of real and of fake. A blind network, h = 0, has ln 2.
+    [N] of real and of fake. At h = 0 the loss is ln 2.
     """
     s = sigma[:, None, None, None]
     both = torch.cat([real + s * eps_real, fake + s * eps_fake])
@@ -94,7 +95,7 @@ def learning_rate_factor(args, nimg):
 
 SETTINGS = dict(
     divergence=("dijs", "what the generator minimises", list(DIVERGENCES)),
-    init=(None, "network of stage 1, or `random`, which collapses", str),
+    init=(None, "stage-1 network, or `random` for random weights, which collapse", str),
     network=(None, "architecture for --init random", list(networks.NETWORKS)),
     t_init=(2.5, "fixed noise level of the generator (the paper's)"),
     noise=("lognormal", "noise levels at which densities are compared: ln sigma normal, or uniform "
@@ -120,8 +121,8 @@ NATURAL = dict(noise="karras", grid_kimg=200.0)
 CIFAR10 = dict(NATURAL, data="cifar10", xflip=True, kimg=20_000.0, batch=512, lr=1e-4,
                ratio_lr=5e-4, ema_halflife_kimg=500.0)
 PRESETS = {
-    # Rates that fall to zero bring samples closer. With one ratio step at 28x28 the ratio falls
-    # behind the generator (docs/method.md, section 7).
+    # Two ratio steps are nearer on the digits; with one, at 28x28, the ratio network falls behind
+    # the generator (docs/method.md, section 7).
     "digits": dict(data="digits", init="runs/digits/pretrain/network.pt", kimg=50.0, batch=64,
                    lr=1e-4, ratio_lr=3.5e-4, ratio_steps=2, lr_decay_kimg=None,
                    ema_halflife_kimg=20.0, log_kimg=5.0, grid_kimg=20.0, save_kimg=20.0),
@@ -181,7 +182,7 @@ def main():
     G = functools.partial(sample.one_step, generator, t_init=args.t_init)  # G(z, labels)
 
     def generator_objective(z, fake, sigma, eps, labels):
-        fake = fake if fake.requires_grad else G(z, labels)  # no graph with several micro-batches
+        fake = fake if fake.requires_grad else G(z, labels)  # micro-batches: no graph was kept
         run.add_gradient(sigma, fake)
         weight = NOISE_WEIGHTS[args.noise_weight](sigma)
         return [weight * generator_loss(ratio, fake, sigma, eps, args.divergence, labels)]
@@ -198,11 +199,11 @@ def main():
         #    with a ratio that lags one generator step, FD doubles (exercise 5).
         ratio.requires_grad_(True)
         for k in range(args.ratio_steps):
-            rt.seed(args.seed, run.nimg, k, "stage 2")  # of all that is drawn in this step
+            rt.seed(args.seed, run.nimg, k, "stage 2")  # decides all that is drawn until the next
             real, labels = batches.training_batch(args.xflip)
-            labels = labels if config.label_dim else None  # samples get the classes of the data
+            labels = labels if config.label_dim else None  # samples have the classes of the data
             z, sigma = rt.randn(*shape), noise_levels(args, rt)
-            fake = rt.in_parts(G, z, labels, graph=k == args.ratio_steps - 1)  # used in step 2
+            fake = rt.in_parts(G, z, labels, graph=k == args.ratio_steps - 1)  # step 2 needs it
             eps_real, eps_fake = rt.randn(*shape), rt.randn(*shape)
             _, h_real, h_fake = ratio_optimizer.step(
                 args.ratio_lr * factor, lambda *tensors: ratio_loss(ratio, *tensors),
@@ -215,8 +216,8 @@ def main():
         (loss,) = generator_optimizer.step(
             args.lr * factor, generator_objective, z, fake, sigma, eps, labels)
         run.add(generator_loss=loss.sum())
-        run.advance()  # counts the images; notes a signal
-        networks.update_ema(ema, generator, rt.batch, args.ema_halflife_kimg * 1000, run.nimg)
+        run.advance()  # counts the images; all ranks agree whether to stop
+        networks.update_ema(ema, generator, args.batch, args.ema_halflife_kimg * 1000, run.nimg)
 
         # 3. Log, look, save, measure.
         if run.due(args.log_kimg):
@@ -225,7 +226,7 @@ def main():
             sample.preview(ema, run, args.seed)
         if run.due(args.save_kimg) or run.due(args.fid_every) or run.stopping:
             run.save(write_networks)  # after a signal this ends the script
-        measure_fid()
+        measure_fid()  # when it is due
 
 
 if __name__ == "__main__":

@@ -57,13 +57,13 @@ def load_network(path, role=None):
 
 
 _PRECONDITIONING = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "Precond": "edm"}
-_UNETS = {  # with the sizes of those in EDM and EDM2 to which no arguments are given
+_UNETS = {  # with the default arguments of EDM and EDM2
     "SongUNet": dataclasses.replace(NETWORKS["cifar10"], channel_mult=(1, 2, 2, 2), dropout=0.1),
     "DhariwalUNet": NETWORKS["imagenet64"], "EDM2": NETWORKS["edm2-s"],
 }
 # Arguments that do not change what a trained network computes.
 _IGNORED = {"use_fp16", "sigma_min", "sigma_max", "augment_dim", "label_dropout"}
-# Arguments that do, with the only value that is implemented, and those of NCSN++.
+# Arguments that do, with the only value that is implemented; below those of NCSN++.
 _FIXED = {
     "embedding_type": "positional", "encoder_type": "standard", "decoder_type": "standard",
     "channel_mult_noise": 1, "resample_filter": [1, 1], "channel_mult_emb": 4, "beta_d": 19.9,

@@ -1,6 +1,6 @@
-"""Data sets in, pictures out. Nothing in a file is executed.
+"""Data sets in, pictures out.
 
-A large folder or zip is converted once to a file in the cache, which is mapped.
+A large folder or zip is converted once to a file in the cache, which is memory-mapped.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ DOWNLOADS = {  # address, {file: MD5}
 SUFFIXES = tuple(".png .jpg .jpeg .jfif .bmp .webp .gif .tif .tiff .avif".split())
 MEMORY_LIMIT = 256 * 2**20  # bytes; larger folders and zips are mapped
 VERSION = 2  # of the cache; raise it when files are decoded to other pixels
-RESIZE = "--resolution N cuts out the middle of each image and resizes it"
+RESIZE = "--resolution N crops the centre of each image and resizes it"
 
 # EDM2's means and standard deviations of the channels of Stable Diffusion's latents.
 LATENTS = torch.tensor([[5.81, 3.25, 0.12, -2.15], [4.17, 4.62, 3.71, 3.28]]).view(2, 1, 4, 1, 1)
@@ -94,7 +94,8 @@ class Dataset:
         """Name, size, classes and a hash of up to 1000 images: what a run must be resumed with."""
         some = self.images[:: -(-len(self) // 1000)]
         digest = hashlib.sha256(np.ascontiguousarray(some).data.cast("B")).hexdigest()[:8]
-        return f"{self.name} ({len(self)} images, {self.label_dim} classes, content {digest})"
+        name = Path(self.name).name  # the folder may move
+        return f"{name} ({len(self)} images, {self.label_dim} classes, content {digest})"
 
     def batch(self, indices):
         """(raw images [n, ...], labels int64 [n] or None) at `indices`, on the CPU."""
@@ -139,7 +140,7 @@ def denormalise_latents(x):
 
 
 class Batches:
-    """Endless: this rank's (raw, labels) of each global batch of `rt.batch` images.
+    """Infinite iterator over this rank's (raw, labels) of each batch of `rt.batch` images.
 
     Image n of a run is element n % N of a permutation that depends on (seed, n // N) alone.
     start: images seen before. A thread prepares one batch ahead.
@@ -187,7 +188,7 @@ def load(spec, cache=None, resolution=None):
     spec: `digits`, `fashion-mnist`, `cifar10` or a path: IDX folder (MNIST), CIFAR-10's binary
         tar.gz, folder or zip of images or latents (.npy) with a dataset.json or class folders,
         .npz (`images` or `arr_0`, `labels` or `arr_1`). `:test` of IDX and CIFAR-10.
-    cache: folder for downloads and conversions. resolution: cut out the middle of each image and
+    cache: folder for downloads and conversions. resolution: crop the centre of each image and
         resize it, as EDM's dataset tool does.
     """
     name, cache = str(spec), Path(cache or cache_dir())
@@ -377,7 +378,7 @@ def _decode_image(file, gray, resolution):
 
 
 def _open_image(file):
-    """A Pillow image whose header alone is read yet."""
+    """A Pillow image, of which only the header is read."""
     try:
         image = Image.open(file, formats="PNG JPEG BMP WEBP GIF TIFF AVIF".split())
     except Image.DecompressionBombError:
@@ -410,8 +411,10 @@ def _read_labels(names, files, read):
         top = posixpath.commonpath(map(posixpath.dirname, images))
         parts = [name.removeprefix(top).strip("/").split("/") for name in images]
         classes, labels = np.unique([part[0] for part in parts], return_inverse=True)
-        if min(map(len, parts)) < 2 or all(len(c) == 5 and c.isdigit() for c in classes):
+        if min(map(len, parts)) < 2:
             return None, None
+        if all(len(c) == 5 and c.isdigit() for c in classes):
+            raise UserError("folders of five digits are no classes; rename them")
         return labels, classes.tolist()
     table, labels = min(tables, key=len), {}
     form = 'of the form {"labels": [["img.png", 3], ...]} or {"labels": null}'
@@ -448,7 +451,7 @@ def save_grid(images, path, columns, scale=1, padding=2):
 
 
 def write_images(batches, out):
-    """Write all (images, labels) of `batches`; `load(out)` reads them again.
+    """Write all (images, labels) of `batches`; `load(out)` reads images again.
 
     images: uint8 [n, H, W, C], or float32 [n, 4, h, w] for latents. labels: int [n] or None.
     out: a .npz for `arr_0` (latents: `latents`) and labels `arr_1`, or a new or empty folder for

@@ -34,7 +34,8 @@ def reading(path, what, remedy="get it again"):
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or path}: no such file; give another") from None
     except UserError as error:
-        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+        named = str(error).startswith(str(path))
+        raise error if named else UserError(f"{path}: {error}") from None
     except torch.OutOfMemoryError:  # the device is full, the file is sound
         raise
     except Exception as error:
@@ -146,7 +147,7 @@ def _tensor(data, offset, size, stride, *_):
     return torch.empty(0, dtype=storage.dtype).set_(storage).as_strided(size, stride, offset)
 
 
-_BUILDERS = {  # what is called for a name in a pickle, whatever its module
+_BUILDERS = {  # stands for a name in a pickle, whatever its module
     "set": set,
     "OrderedDict": dict,
     "encode": lambda text, *_: text.encode("latin1"),  # how protocol 2 spells bytes
@@ -157,14 +158,14 @@ _BUILDERS = {  # what is called for a name in a pickle, whatever its module
 }
 
 
-class _Unpickler(pickle._Unpickler):  # in Python: C's allocates gigabytes if a damaged file says so
+class _Unpickler(pickle._Unpickler):  # in Python: C's believes lengths of gigabytes in a file
     dispatch = dict(pickle._Unpickler.dispatch)
     del dispatch[pickle.BYTEARRAY8[0]]  # so does this
 
     def find_class(self, module, name):
         return _BUILDERS.get(name) or type(f"{module}.{name}", (Stub,), {})
 
-    def load_build(self):  # only these get a state: a pickle cannot change anything that is shared
+    def load_build(self):  # sets the state of stubs and arrays only
         state, made = self.stack.pop(), self.stack[-1]
         if isinstance(made, Stub):
             made.state = state

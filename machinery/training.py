@@ -1,4 +1,4 @@
-"""What is not the method: ranks, randomness, optimizer steps, runs, the log of stage 2."""
+"""Ranks, random numbers, optimizer steps, the command line, runs, the log of stage 2."""
 
 import argparse
 import contextlib
@@ -34,7 +34,7 @@ class Stopped(BaseException):
 
 
 def run(main):
-    """Call `main()`. Bad input is one line and exit code 2; a signal n is 128 + n."""
+    """Call `main()`. Bad input: one line, exit code 2. After signal n the exit code is 128 + n."""
     try:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -160,7 +160,7 @@ class Runtime:
         """Uniform in [0, 1), [images of this rank]."""
         return self._share(torch.rand, self.batch)
 
-    def _share(self, draw, *shape):  # each rank draws all: their number changes nothing
+    def _share(self, draw, *shape):  # each rank draws the whole batch: more ranks change nothing
         numbers = draw(*shape, device=self.device, generator=self.generator)
         mine = numbers[self.rank * self.share :][: self.share]
         return numbers if self.world_size == 1 else mine.clone()  # a view would keep them all
@@ -182,7 +182,7 @@ class Runtime:
         return tensor
 
     def agree(self, value):
-        """The largest of all ranks' `value`, an int. The hosts wait for each other, not GPUs."""
+        """The largest of all ranks' `value`, an int. On the CPU: no GPU is waited for."""
         box = torch.tensor(int(value))
         if self.world_size > 1:
             dist.all_reduce(box, dist.ReduceOp.MAX)
@@ -240,7 +240,7 @@ class Optimizer:
         self.scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.precision == "fp16")
 
     def step(self, lr, objective, *tensors):
-        """One step of Adam down the mean over the global batch of a loss.
+        """One Adam step on a loss, averaged over the global batch.
 
         tensors: [images of this rank, ...] or None. objective(*tensors) sees a micro-batch of each
         and returns (loss [n], *outputs [n, ...]). Returns the same, joined and detached.
@@ -253,7 +253,7 @@ class Optimizer:
                 total = loss.sum()
             self.scaler.scale(total / self.rt.batch).backward()
             results.append([value.detach() for value in (loss, *outputs)])
-        if self.rt.world_size > 1:  # all gradients in one message, in the order of their memory
+        if self.rt.world_size > 1:  # all gradients as one flat tensor, in their memory's order
             grads = [p.grad for p in self.net.parameters() if p.grad is not None]
             grads = [g.as_strided((g.numel(),), (1,)) for g in grads]
             flat = self.rt.sum(torch.cat(grads))
@@ -280,7 +280,7 @@ class Optimizer:
 
 
 class Parser(argparse.ArgumentParser):
-    """`--help` shows the script's docstring and every default; a mistake is one line.
+    """`--help` shows the script's docstring and every default; an error is one line.
 
     settings: {flag: (default, help[, type or choices])}; without the third, numbers are positive.
     """
@@ -320,20 +320,19 @@ def positive(kind):
 
 
 finite = number("finite number", float, -sys.float_info.max)
-not_negative = number("number from 0 on", float, 0)
+not_negative = number("non-negative number", float, 0)
 fraction = number("number in [0, 1)", float, 0, 1)
-
-integer = number("whole number", int, -math.inf)
+integer = number("integer", int, -math.inf)
 DEVICE = ("auto", "auto: CUDA where there is any", ["auto", "cpu", "cuda"])
 PRECISION = ("auto", "auto: on GPUs bf16, or fp16 where that is missing; on CPUs fp32",
              ["auto", "bf16", "fp16", "fp32"])
 SHARED_SETTINGS = dict(
     data=(None, "digits, fashion-mnist, cifar10, or a folder, zip, .npz or IDX folder", str),
-    resolution=(None, "cut the middle out of images and resize it to N x N", int),
+    resolution=(None, "crop the centre of images and resize it to N x N", int),
     outdir=(None, "where everything is written; an unfinished run found there is continued "
             "(default: runs/PRESET/pretrain or runs/PRESET/DIVERGENCE)", str),
     kimg=(None, "length of the run in thousands of images; a larger one continues a finished run, "
-          "and rates that fall over the run rise again", float),
+          "and a learning rate that had fallen rises again", float),
     batch=(None, "images per step, over all ranks", int),
     micro_batch=(None, "images at once on each rank (default: all of its share); changes the "
                  "memory only, up to rounding and dropout", int),
@@ -341,9 +340,9 @@ SHARED_SETTINGS = dict(
     device=DEVICE,
     precision=PRECISION,
     compile=(False, "compile the networks with torch.compile (slow start, faster steps)"),
-    log_kimg=(50.0, "a log line every so many thousand images"),
-    grid_kimg=(1000.0, "a sample grid every so many thousand images"),
-    save_kimg=(1000.0, "a checkpoint every so many thousand images"),
+    log_kimg=(50.0, "interval of log lines, thousands of images"),
+    grid_kimg=(1000.0, "interval of sample grids, thousands of images"),
+    save_kimg=(1000.0, "interval of checkpoints, thousands of images"),
 )
 
 
@@ -366,7 +365,7 @@ def arguments(doc, settings, presets):
 # -------------------------------------------------------------------------------------------------
 # A training run.
 
-FREE_FLAGS = {  # may change when a run is resumed; only kimg changes its result, if rates decay
+FREE_FLAGS = {  # may change when a run resumes; of these only kimg affects it, by the rates' decay
     "preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg",
     "save_kimg", "fid_every", "fid_images", "fid_reference", "fid_features", "inception",
 }
@@ -515,7 +514,7 @@ class Run:
         self.rt.print(text)
 
     def lacks(self, name):
-        """Whether no log line of the present number of images has a value `name`."""
+        """Whether `name` is not logged yet at this step."""
         here = any(name in record for record in self.log if record["nimg"] == self.nimg)
         return bool(self.rt.agree(self.rt.is_main and not here))
 
@@ -570,7 +569,7 @@ def by_band(sigma, values):
 def stage2_line(sums, images):
     """(record, text) for the log: means over the images since the line before.
 
-    generator_loss: the divergence's; it says that the run is alive, not how good the samples are.
+    generator_loss: as it is minimised; it says that the run is alive, not how good samples are.
     ratio_loss: ln 2 = 0.693 where data and samples cannot be told apart; ratio_accuracy: 0.5 there.
     bands: the same by noise level, mean and deviation of the logit h, and the band's share of the
     generator's gradient on the samples (summed norms). High accuracy at small sigma, late in a run
@@ -578,7 +577,7 @@ def stage2_line(sums, images):
     """
     names = [f"<{BANDS[0]}", *(f"{a}-{b}" for a, b in zip(BANDS, BANDS[1:])), f">{BANDS[-1]}"]
     bands = {}
-    shares = (sums["gradient"][0] / sums["gradient"].sum()).tolist()
+    shares = (sums["gradient"][0] / sums["gradient"].sum().clamp(min=1e-300)).tolist()
     for name, share, (n, *values) in zip(names, shares, sums["bands"].T.tolist()):
         if n:
             right, loss, h, h2 = (value / n for value in values)

@@ -472,7 +472,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
 np.savez(SAVED := io.BytesIO(), NOISE)
 np.savez_compressed(PACKED := io.BytesIO(), NOISE)
 NPZ = SAVED.getvalue(), PACKED.getvalue()
-NAMES = "00000/0.png 00001/1.png", "cat/0.png cat/1.png", "cat/0.png 1.png", "0.png 1.png"
+NAMES = "cat/0.png cat/1.png", "cat/0.png 1.png", "0.png 1.png"
 BAD_IMAGES = [
     (BOTH, {"notes.txt": "no image"}, ["0 images"]),
     (BOTH, {"a.png": PNG, "b.png": png(NOISE[0, :9, :9])},
@@ -511,7 +511,8 @@ BAD_LABELS = [
         ('1], ["b.png", 0], ["./a.png", 0]]}', "a.png is listed with two labels"),
         ('1], 2]}', "not of the form"), ("", "not of the form"))],
     (BOTH, {"a.png": PNG, JSON: '{"classes": []}'}, [JSON, "not of the form"]),
-    *[(BOTH, dict.fromkeys(names.split(), PNG), NO) for names in NAMES],  # 00000: write_images
+    *[(BOTH, dict.fromkeys(names.split(), PNG), NO) for names in NAMES],
+    (BOTH, {"00000/0.png": PNG, "00001/1.png": PNG}, ["five digits are no classes"]),  # write_images
     (BOTH, {"cat/0.png": PNG, "dog/1.png": PNG, JSON: '{"labels": null}'}, NO),
     *[("a.npz", {"arr_0": RGB[:2], "arr_1": np.array(labels)}, [words]) for labels, words in (
         ([0, 0, 0], "labels int64 [3] do not match 2 images"), ([0, -1], "an integer from 0"),

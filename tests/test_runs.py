@@ -82,7 +82,7 @@ def assert_same_run(a, b, at_stop=None):
 
 def python(text, *args, ranks=0):
     """Run the program `text` in a process of its own, or in several ranks that torchrun starts."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", ranks, "--no-python", sys.executable] if ranks else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "--no-python", sys.executable] if ranks else []
     path = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[0] = 'script.py'\n"
     command = [sys.executable, *launcher, "-c", path + text, *args]
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

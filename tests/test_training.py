@@ -328,7 +328,7 @@ def test_stage_2_without_stage_1_says_what_to_run(refused, tmp_path):
 
 def test_a_damaged_log_or_a_foreign_checkpoint_is_named(refused, stage1, tmp_path):
     shutil.copytree(stage1, tmp_path / "run")
-    args = ["--kimg", "32", "--ema-halflife-kimg", "2", "--device", "cpu", "--outdir", tmp_path / "run"]
+    args = [*SHORT, "--outdir", tmp_path / "run"]
     log, checkpoint = tmp_path / "run" / "log.jsonl", tmp_path / "run" / "checkpoint.pt"
     whole = log.read_bytes()
     log.write_bytes(whole[:9] + bytes(9) + whole[18:])
