@@ -7,16 +7,14 @@ and kept in the cache folder.
 """
 
 import hashlib
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import fid  # noqa: E402
-from machinery import data, files, training  # noqa: E402
+import project  # noqa: F401
+import fid
+from machinery import data, files, training
 
 VERSION = 2  # of the cached weights; raise it when the network or its training changes
 

@@ -5,16 +5,15 @@ distances in the features of the stage-1 network (`fid.py --features`), between 
 samples and a half, with equal numbers of images.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import fid  # noqa: E402
-import sample  # noqa: E402
-from machinery import checkpoints, data, training  # noqa: E402
+import project  # noqa: F401
+import fid
+import sample
+from machinery import checkpoints, data, training
 
 REPEATS = 4  # random halves over which distances are averaged
 # Around what seeds 0 and 1 gave, widened by a half.

@@ -22,21 +22,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
-import fid  # noqa: E402
-import memory  # noqa: E402
-import networks  # noqa: E402
-import pretrain  # noqa: E402
-import sample  # noqa: E402
-import teacher  # noqa: E402
-import train_diffratio  # noqa: E402
-from machinery import checkpoints, files, training  # noqa: E402
+from project import ROOT
+import fid
+import memory
+import networks
+import pretrain
+import sample
+import teacher
+import train_diffratio
+from machinery import checkpoints, training
 
 PARTS = ("correctness", "speed", "training", "compiled")
 STAGE1 = ROOT / "assets" / "digits-stage1.pt"
@@ -155,6 +155,7 @@ MEASURED = {  # name of the row: the function that prepares it
     "stage 1, step": stage_1,
     "stage 2, iteration": stage_2,
     "VSD, iteration": distillation,
+    "SiD, iteration": functools.partial(distillation, method="sid"),
     "sampling, one step": sampling,
     "sampling, Heun, 18 steps": heun,
     "Inception features, fp32": features,
@@ -321,11 +322,8 @@ def attention_kernel(preset, rt):
         return fused(q, k, v)
 
     config = networks.NETWORKS[pretrain.PRESETS[preset]["network"]]
-    F.scaled_dot_product_attention = attend
-    try:
+    with mock.patch.object(F, "scaled_dot_product_attention", attend):
         sampling(config, dataclasses.replace(rt, batch=2, micro_batch=None))()
-    finally:
-        F.scaled_dot_product_attention = fused
     return [", ".join({0: "**math**", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}.get(i, str(i)) for i in sorted(seen))]
 
 
@@ -381,7 +379,7 @@ def speed(page, rt, presets, batch, seconds, repeats, compiled=False):
     on_gpu, rate = rt.device.type == "cuda", matrix_rate(rt)
     page.part(f"Speed{', compiled' * compiled} ({rt.precision}; matrix products run at {rate / 1e12:.3g} TFLOP/s)",
               ["", "images/s", "seconds", "TFLOP/s", "share of the matrix rate", "peak memory, GB"], seconds)
-    layouts, chosen = {"channels-last": torch.channels_last, "NCHW": torch.contiguous_format}, networks.memory_format
+    layouts = {", channels-last": lambda *_: torch.channels_last, ", NCHW": lambda *_: torch.contiguous_format}
 
     def cells(prepare, config, here):
         torch.manual_seed(0)
@@ -403,11 +401,10 @@ def speed(page, rt, presets, batch, seconds, repeats, compiled=False):
         for name, prepare in MEASURED.items():
             if compiled and prepare in (features, heun):
                 continue  # one is not compiled, the other is one step 35 times
-            for layout in layouts if on_gpu and prepare in (stage_1, stage_2) else ("",):
-                if layout:
-                    networks.memory_format = lambda *args, to=layouts[layout]: to
-                page.row(f"{preset}, {here.batch} images: {name}{layout and ', ' + layout}", lambda: cells(prepare, config, here))
-                networks.memory_format = chosen
+            tried = layouts if on_gpu and prepare in (stage_1, stage_2) else {"": networks.memory_format}
+            for layout, function in tried.items():
+                with mock.patch.object(networks, "memory_format", function):
+                    page.row(f"{preset}, {here.batch} images: {name}{layout}", lambda: cells(prepare, config, here))
 
 
 # ---- Training ----------------------------------------------------------------------------------------
@@ -417,8 +414,6 @@ def train(page, rt, seconds):
     """Both stages of Fashion-MNIST at full length if `seconds` allow, else of the digits, and the measures."""
     page.part("Training, seed 0", ["", ""], seconds)
     name, device = "fashion-mnist", ("--device", rt.device.type)
-    if rt.device.type == "cpu":
-        return page.line("| not run | `make demo` trains the digits on a CPU |")
     with tempfile.TemporaryDirectory() as folder:
         try:
             call("pretrain.py", "--preset", name, "--kimg", 16, "--outdir", f"{folder}/try", *device)
@@ -429,15 +424,13 @@ def train(page, rt, seconds):
         except RuntimeError as error:  # no data here, or too slow
             page.line(f"| Fashion-MNIST | not run: {error} |")
             name = "digits"
-        stage1, stage2 = f"{folder}/pretrain", f"{folder}/dijs"
-        for script, flags in (("pretrain.py", ("--outdir", stage1)),
-                              ("train_diffratio.py", ("--init", f"{stage1}/network.pt", "--outdir", stage2))):
+        stage1, stage2, samples = f"{folder}/pretrain", f"{folder}/dijs", f"{folder}/samples.npz"
+        for script, *flags in (("pretrain.py", "--preset", name, "--outdir", stage1),
+                               ("train_diffratio.py", "--preset", name, "--init", f"{stage1}/network.pt", "--outdir", stage2),
+                               ("sample.py", "--network", f"{stage2}/network.pt", "--n", 5000, "--out", samples)):
             begin = time.monotonic()
-            page.row(f"{name}, {script}", lambda: [call(script, "--preset", name, *flags, *device).splitlines()[-2]])
+            page.row(f"{name}, {script}", lambda: ["; ".join(call(script, *flags, *device).splitlines()[-2:])])
             page.line(f"| seconds | {time.monotonic() - begin:.0f} |")
-        samples = f"{folder}/samples.npz"
-        page.row("samples", lambda: [call("sample.py", "--network", f"{stage2}/network.pt", "--n", 5000,
-                                          "--out", samples, *device).splitlines()[-1]])
         try:
             table = call("exercises/measure.py", name, "--pretrained", f"{stage1}/network.pt", f"one step={samples}")
         except RuntimeError as error:
@@ -446,34 +439,32 @@ def train(page, rt, seconds):
 
 
 def main():
-    args = training.Parser(__doc__, dict(
-        parts=(",".join(PARTS), "what to run, with commas between"),
-        preset=(None, "speed: whose networks, with commas between (default: cifar10,imagenet64,imagenet512; on a CPU fashion-mnist)",
-                str),
+    parser = training.Parser(__doc__, dict(
         batch=(None, "speed: images at once (default: what the memory takes, at most 512; 32 on a CPU)", int),
         device=training.DEVICE,
         precision=training.PRECISION,
         repeats=(5, "speed: timed calls of each; their median is shown"),
         minutes=(None, "time limit (default: 25, on a CPU 3)", float),
-        out=("gpu.md", "the page"))).parse_args()
+        out=("gpu.md", "the page")))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", help="%(choices)s (default: all; on a CPU the first two)")
+    parser.add_argument("--preset", nargs="+", choices=list(pretrain.PRESETS), metavar="NAME",
+                        help="speed: whose networks (default: cifar10 imagenet64 imagenet512; on a CPU fashion-mnist)")
+    args = parser.parse_args()
     rt = training.start(args.device, args.precision, alone=True)
     on_gpu = rt.device.type == "cuda"
     minutes = args.minutes or (25 if on_gpu else 3)
-    presets = (args.preset or ("cifar10,imagenet64,imagenet512" if on_gpu else "fashion-mnist")).split(",")
-    parts, quarter = args.parts.split(","), minutes * 60 / 4
-    for flag, given, known in (("parts", parts, PARTS), ("preset", presets, pretrain.PRESETS)):
-        if unknown := set(given) - {*known}:
-            raise files.UserError(f"--{flag} {min(unknown)}: unknown; known: {', '.join(known)}")
+    presets = args.preset or (("cifar10", "imagenet64", "imagenet512") if on_gpu else ("fashion-mnist",))
+    quarter = minutes * 60 / 4
     page = Page(args.out)
     page.line(f"{hardware(rt.device)}; PyTorch {torch.__version__}, Python {platform.python_version()}; {datetime.date.today()}")
     if not on_gpu:
         page.line(f"\nOn the CPU: what fits into {minutes:g} minutes. Training and compiled networks are not run.")
-    for name in parts:
+    for name in args.parts or (PARTS if on_gpu else PARTS[:2]):
         if name == "correctness":
             correctness(page, rt, quarter)
         elif name == "training":
             train(page, rt, quarter)
-        elif name == "speed" or on_gpu:
+        else:
             if name == "compiled":
                 page.part("Correctness, compiled: relative errors against the CPU", ["", "error", "of the gradients"], quarter / 2)
                 network_rows(page, rt, compiled=True)

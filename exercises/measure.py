@@ -1,33 +1,25 @@
 """All measures of a set of samples, against images that were held out where there are such.
 
-For each file of samples (`sample.py --out samples.npz`): Fréchet distance (FD), KID, precision and recall, each in the
-features of a stage-1 network and in those of a classifier of the labels; the distance to the nearest training image: its
-median, and its lowest percentile, which falls if a few images are copies; the share of each class; with labels in the file,
-how often a sample is of its class. The reference is the test set of Fashion-MNIST or CIFAR-10; for other data it is the data
-itself. The first row compares the data with the reference. Compare distances of equal numbers of images only. None of them is
-an FID, which needs Inception's features (fid.py).
+Reads files of samples (`sample.py --out samples.npz`), prints a table: Fréchet distance (FD), KID, precision and recall in the
+features of a stage-1 network and of a classifier of the labels, the distance to the nearest training image, shares of classes.
+The reference is the test set of Fashion-MNIST or CIFAR-10; for other data it is the data itself. The first row compares the
+data with it. Compare distances of equal numbers of images only. None is an FID, which needs Inception's features (fid.py).
 
-    python exercises/measure.py digits --pretrained runs/digits/pretrain/network.pt "one step=digits.npz"
-    python exercises/measure.py fashion-mnist --pretrained runs/fashion-mnist/pretrain/network.pt \\
-        "Heun=heun.npz" "one step=seed-0.npz" "one step=seed-1.npz" --json results.jsonl --picture grid.png
-
-Rows of one name are seeds of one setting: the table shows their mean and standard deviation.
+    python exercises/measure.py digits --pretrained runs/digits/pretrain/network.pt "one step=digits.npz" --picture grid.png
+    python exercises/measure.py fashion-mnist "one step=seed-0.npz" "one step=seed-1.npz"     mean and deviation of two seeds
 """
 
-import itertools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-import classifier  # noqa: E402
-import demo  # noqa: E402
-import fid  # noqa: E402
-from machinery import data, files, training  # noqa: E402
+import project  # noqa: F401
+import classifier
+import demo
+import fid
+from machinery import data, files, training
 
 NEAREST = 2000  # images whose nearest neighbour among all training images is looked for
 
@@ -63,15 +55,10 @@ class Measures:
         self.views = {"classifier": classifier.extractor(self.classifier, self.train)}
         if pretrained:
             self.views["stage1"] = fid.network_features(rt, str(pretrained))
-        self.check(self.train)
-        self.check(self.reference)
+        for view in self.views.values():
+            fid.check_images(view, self.train, self.reference)
         self.known = self.pixels(self.train.images)
         self.held = {view: self.features(view, chosen(self.reference.images)) for view in self.views}
-
-    def check(self, dataset):
-        """Raise `UserError` unless the images of `dataset` have the size that is measured here."""
-        for view in self.views.values():
-            fid.check_images(view, dataset)
 
     def pixels(self, images):
         return torch.tensor(images).to(self.device).flatten(1).float()
@@ -140,8 +127,6 @@ COLUMNS = {  # heading: (value in a row's measures, format)
     "KID (classifier)": (lambda r: r["kid_classifier"], "{:.3g}"),
     "precision": (lambda r: r["precision_classifier"], "{:.2f}"),
     "recall": (lambda r: r["recall_classifier"], "{:.2f}"),
-    "precision (stage 1)": (lambda r: r.get("precision_stage1"), "{:.2f}"),
-    "recall (stage 1)": (lambda r: r.get("recall_stage1"), "{:.2f}"),
     "nearest": (lambda r: r["nearest"], "{:.1f}"),
     "nearest, lowest 1 %": (lambda r: r.get("nearest_low"), "{:.1f}"),
     "rarest class, %": (lambda r: 100 * min(r["shares"]), "{:.1f}"),
@@ -189,20 +174,15 @@ def main():
     for text in args.samples:
         if "=" not in text:
             parser.error(f"{text}: give NAME=FILE")
-    if args.data.endswith(":test"):
-        parser.error(f"{args.data}: give the name of the data set; its test images are the reference")
     measures = Measures(args.data, args.pretrained, args.test, training.start(args.device, alone=True))
     samples = [(name, data.load(path)) for name, path in (text.rsplit("=", 1) for text in args.samples)]
-    for _, dataset in samples:
-        measures.check(dataset)
+    for view in measures.views.values():
+        fid.check_images(view, *(dataset for _, dataset in samples))
     rows = {name: [row] for name, row in measures.floors().items()}
     shown = {"data": measures.reference.images}
     for name, dataset in samples:
         shown.setdefault(name, dataset.images)
         rows.setdefault(name, []).append(measures(dataset.images, dataset.labels))
-    if all(dataset.labels is None for _, dataset in samples):
-        for row in itertools.chain(*rows.values()):  # the data's accuracy stands beside that of samples only
-            row.pop("accuracy", None)
     print(table(rows))
     if args.picture:
         demo.save_panels(shown.values(), args.picture)

@@ -9,19 +9,17 @@ leaves 15 % of the card; `--compile`, which needs less. Sizes in GB = 10^9 bytes
 """
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import networks  # noqa: E402
-import pretrain  # noqa: E402
-import sample  # noqa: E402
-import train_diffratio  # noqa: E402
-from machinery import training  # noqa: E402
+import project  # noqa: F401
+import networks
+import pretrain
+import sample
+import train_diffratio
+from machinery import training
 
 CARDS = (24, 40, 80)  # GB
 
@@ -82,15 +80,12 @@ def count(config, batch):
 
 def main():
     parser = training.Parser(__doc__)
-    parser.add_argument("presets", nargs="*", default=["cifar10"], metavar="PRESET", help="presets of train_diffratio.py")
+    parser.add_argument("presets", nargs="+", choices=list(train_diffratio.PRESETS), metavar="PRESET", help="%(choices)s")
     args = parser.parse_args()
     cards = "".join(f" {f'{card} GB':>7}" for card in CARDS)
     print(f"{'preset':14}{'fixed':>8}{'per image':>11}   --micro-batch for a card of{cards}")
     for name in args.presets:
-        if name not in train_diffratio.PRESETS:
-            raise training.UserError(f"unknown preset {name}; known: {', '.join(train_diffratio.PRESETS)}")
-        settings = pretrain.PRESETS[name]
-        config = dataclasses.replace(networks.NETWORKS[settings["network"]], dropout=0.0)
+        config = dataclasses.replace(networks.NETWORKS[pretrain.PRESETS[name]["network"]], dropout=0.0)
         fixed, per_image = count(config, train_diffratio.PRESETS[name]["batch"])
         fitting = [int((0.85e9 * card - fixed) / per_image) for card in CARDS]
         advice = "".join(f" {2 ** (n.bit_length() - 1) if n > 0 else 'none':>7}" for n in fitting)

@@ -1,37 +1,31 @@
 """The ratio's gradient is a score difference: points in the plane, where both are known at every noise level.
 
-p is a spiral of eight Gaussians, q the same spiral turned. A small ratio network learns ln p/q with the `ratio_loss` of
-train_diffratio.py, two small denoisers learn the scores of p and of q with the `denoising_loss` of pretrain.py, from as many
-points. Then the gradient of the one and the difference of the others are compared with the truth at six noise levels
-(`error`). `fixed-point` trains a generator by the one or the other and asks where it ends.
+p is a spiral of eight Gaussians, q the same spiral turned. A small ratio network learns ln p/q, two small denoisers learn the
+scores of p and of q, with the losses of the main scripts and as many points. `error` compares the gradient of the one and the
+difference of the others with the truth. `fixed-point` trains a generator by the one or the other and asks where it ends.
 
-    python exercises/plane.py                                  two tables and the picture, one seed, four minutes
-    python exercises/plane.py error --regimes close "few points"
-    python exercises/plane.py pictures                         the gradient fields (matplotlib: `make exercises`)
+    python exercises/plane.py                                  two tables, one seed, four minutes
+    python exercises/plane.py error --regimes close "few points" --pictures my-pictures         and the gradient fields
 
 A row is a line of JSON in exercises/results/plane.jsonl. A row with the same settings that is there is not run again.
 """
 
 import copy
 import itertools
-import json
 import math
-import sys
 import types
 from pathlib import Path
 
 import torch
 from torch import nn
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(HERE)]
-import measure  # noqa: E402
-from machinery import training  # noqa: E402
-from machinery.files import UserError, atomic  # noqa: E402
-from networks import Config, preconditioning  # noqa: E402
-from pretrain import denoising_loss  # noqa: E402
-from train_diffratio import generator_loss, ratio_loss  # noqa: E402
+from project import HERE
+import measure
+from machinery import training
+from machinery.files import UserError, atomic
+from networks import Config, preconditioning
+from pretrain import denoising_loss
+from train_diffratio import generator_loss, ratio_loss
 
 # ---- Settings: what all regimes share, and each regime as differences from it ------------------------
 
@@ -67,9 +61,9 @@ REGIMES = {
 LOOP = dict(
     follow="ratio", generator="affine", generator_lr=5e-3, steps=800, batch=256, lr=5e-3, width=64, teacher_steps=None,
     teacher_width=None, points=None, scaled=False,
-    start=(0.5, 0.0, 0.0),  # of the affine generator: standard deviation and mean
+    start=[0.5, 0.0, 0.0],  # of the affine generator: standard deviation and mean
 )
-ASIDE = dict(start=(0.3, 0.5, -0.5))
+ASIDE = dict(start=[0.3, 0.5, -0.5])
 LOOPS = {
     "affine, exact": dict(follow="exact"),
     "affine, ratio": {},
@@ -234,23 +228,24 @@ def train_teacher(o, seed):
     return train_score(known(o, seed), o, seed, "teacher", o["teacher_width"] or o["width"], o["teacher_steps"] or o["steps"])
 
 
-def train_student(o, seed, teacher):
-    """The score of q."""
-    return train_score(spiral(o["turn"]), o, seed, "student", o["width"], o["steps"], teacher if o["from_teacher"] else None)
+def train_both(o, seed):
+    """Function (x, sigma) -> three gradients of ln p/q at x [N, 2]: the truth, the ratio network's, that of two scores."""
+    p, q = spiral(), spiral(o["turn"])
+    ratio, teacher = train_ratio(known(o, seed), q, o, seed), train_teacher(o, seed)
+    student = train_score(q, o, seed, "student", o["width"], o["steps"], teacher if o["from_teacher"] else None)
+    return lambda x, sigma: (p.score(x, sigma) - q.score(x, sigma), ratio_gradient(ratio, x, sigma),
+                             score(teacher, x, sigma) - score(student, x, sigma))
 
 
 def measure_error(o, seed):
     """Errors of the two estimates of grad ln p/q, at points of noised q, relative to its root mean square: a row's numbers."""
-    p, q = spiral(), spiral(o["turn"])
-    ratio, teacher = train_ratio(known(o, seed), q, o, seed), train_teacher(o, seed)
-    student, row = train_student(o, seed, teacher), {"ratio_error": [], "scores_error": []}
+    q, gradients, row = spiral(o["turn"]), train_both(o, seed), {"ratio_error": [], "scores_error": []}
     for level in SIGMAS:
         rng, sigma = training.rng("cpu", "plane, test", level), torch.full((4000,), level)
         x = q.sample(4000, rng) + level * torch.randn(4000, 2, generator=rng)
-        truth = p.score(x, sigma) - q.score(x, sigma)
-        found = {"ratio": ratio_gradient(ratio, x, sigma), "scores": score(teacher, x, sigma) - score(student, x, sigma)}
-        for name, estimate in found.items():
-            row[f"{name}_error"].append(round(((estimate - truth).norm() / truth.norm()).item(), 4))
+        truth, *estimates = gradients(x, sigma)
+        for errors, estimate in zip(row.values(), estimates):
+            errors.append(round(((estimate - truth).norm() / truth.norm()).item(), 4))
     return row
 
 
@@ -327,19 +322,15 @@ def divergence(x, p, level, cells=60, edge=2.0):
 # ---- Rows, tables, the picture -----------------------------------------------------------------------
 
 
-def by_regime(rows):
-    """{regime: its rows}."""
-    return {regime: [row for row in rows if row["regime"] == regime] for regime in dict.fromkeys(row["regime"] for row in rows)}
-
-
 def error_table(rows):
+    """Of {regime: its rows}."""
     lines = {f"{regime}, {name}": [row[f"{name}_error"] for row in found]
-             for regime, found in by_regime(rows).items() for name in ("ratio", "scores")}
+             for regime, found in rows.items() for name in ("ratio", "scores")}
     return measure.table(lines, {f"sigma {s:g}": (lambda r, i=i: r[i], "{:.2f}") for i, s in enumerate(SIGMAS)})
 
 
 def loop_table(rows):
-    return measure.table(by_regime(rows), {f"KL at sigma {s}": (lambda r, s=s: r[f"kl_{s}"], "{:.3f}") for s in (0.1, 0.5)})
+    return measure.table(rows, {f"KL at sigma {s}": (lambda r, s=s: r[f"kl_{s}"], "{:.3f}") for s in (0.1, 0.5)})
 
 
 def pyplot():
@@ -351,24 +342,20 @@ def pyplot():
     return plt
 
 
-def draw_field(folder, regime="far", levels=(0.1, 0.5, 2.0)):
-    """The true gradient of ln p/q, the ratio network's and that of two scores at three noise levels; trains them first."""
-    plt, o = pyplot(), {**COMMON, **REGIMES[regime]}
-    p, q = spiral(), spiral(o["turn"])
-    ratio, teacher = train_ratio(p, q, o, 0), train_teacher(o, 0)
-    student = train_student(o, 0, teacher)
-    figure, axes = plt.subplots(3, len(levels), figsize=(8.4, 8.4), sharex="col", sharey="col", layout="constrained")
-    for column, level in enumerate(levels):
+def draw_field(folder):
+    """The gradients of the regime `far` at three noise levels; trains the networks first."""
+    plt, gradients, p, q = pyplot(), train_both(COMMON, 0), spiral(), spiral(COMMON["turn"])
+    figure, axes = plt.subplots(3, 3, figsize=(8.4, 8.4), sharex="col", sharey="col", layout="constrained")
+    for column, level in enumerate((0.1, 0.5, 2.0)):
         line = torch.linspace(-1.3, 1.3, 15) * (1 + 0.8 * level)
         grid, sigma = torch.cartesian_prod(line, line), torch.full((15**2,), level)
-        fields = {"true gradient": p.score(grid, sigma) - q.score(grid, sigma),
-                  "ratio network": ratio_gradient(ratio, grid, sigma),
-                  "two scores": score(teacher, grid, sigma) - score(student, grid, sigma)}
+        fields = gradients(grid, sigma)
         density = p.log_density(grid, sigma).exp() + q.log_density(grid, sigma).exp()
         seen = density > 0.01 * density.max()  # elsewhere there are hardly any points
-        scale = fields["true gradient"][seen].norm(dim=1).quantile(0.9).item()
+        scale = fields[0][seen].norm(dim=1).quantile(0.9).item()
         axes[0, column].set_title(f"sigma = {level:g}")
-        for axis, (label, field), colour in zip(axes[:, column], fields.items(), ("0.35", "C0", "C3")):
+        names = {"true gradient": "0.35", "ratio network": "C0", "two scores": "C3"}  # and colours
+        for axis, field, (label, colour) in zip(axes[:, column], fields, names.items()):
             arrows = field[seen] / scale
             arrows = arrows / arrows.norm(dim=1, keepdim=True).clamp(min=1.5) * 1.5  # the longest are cut
             axis.quiver(*grid[seen].T.numpy(), *arrows.T.numpy(), color=colour, angles="xy", scale=14, width=0.006)
@@ -379,7 +366,6 @@ def draw_field(folder, regime="far", levels=(0.1, 0.5, 2.0)):
 
 
 def save(figure, path, dpi=75):
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as part:
         figure.savefig(part, format="png", dpi=dpi)
     print(f"drew {path}")
@@ -392,27 +378,25 @@ def main():
     parser = training.Parser(__doc__, dict(
         seeds=(1, "seeds 0 to N - 1"),
         results=(HERE / "results" / "plane.jsonl", "the file of the rows", Path),
-        pictures=(ROOT / "assets" / "exercises", "folder for the picture", Path)))
-    parser.add_argument("part", nargs="?", choices=[*PARTS, "pictures", "all"], default="all", help="what to run")
+        pictures=(None, "draw the gradient fields into this folder (matplotlib: `make exercises`)", Path)))
+    parser.add_argument("part", nargs="?", choices=list(PARTS), help="what to run (default: both)")
     parser.add_argument("--regimes", nargs="+", choices=[*REGIMES, *LOOPS], metavar="NAME", help="only these (default: all)")
     args = parser.parse_args()
-    if args.part in ("all", "pictures"):
+    if args.pictures:
         pyplot()  # a missing package is told now, not after the work
-    for part, (regimes, common, run, table) in PARTS.items():
-        rows = []
-        for seed, regime in itertools.product(range(args.seeds), regimes if args.part in (part, "all") else ()):
-            if regime in (args.regimes or regimes):
-                settings = json.loads(json.dumps({**common, **regimes[regime]}))  # as they are read again: tuples become lists
-                key = {"part": part, "regime": regime, "seed": seed, "settings": settings}
-                found = [row for row in measure.json_lines(args.results, *key) if all(row[k] == v for k, v in key.items())]
-                if not found:
-                    print(f"{part}: {regime}, seed {seed}", flush=True)
-                    found = [{**key, **run(settings, seed)}]
-                    measure.add_lines(args.results, *found)
-                rows.append(found[-1])
+    for part in [args.part] if args.part else PARTS:
+        (regimes, common, run, table), rows = PARTS[part], {}
+        for seed, regime in itertools.product(range(args.seeds), [name for name in regimes if name in (args.regimes or regimes)]):
+            key = {"part": part, "regime": regime, "seed": seed, "settings": {**common, **regimes[regime]}}
+            found = [row for row in measure.json_lines(args.results, *key) if all(row[k] == v for k, v in key.items())]
+            if not found:
+                print(f"{part}: {regime}, seed {seed}", flush=True)
+                found = [{**key, **run(key["settings"], seed)}]
+                measure.add_lines(args.results, *found)
+            rows.setdefault(regime, []).append(found[-1])
         if rows:
             print(f"\n{part}: mean and standard deviation over {args.seeds} seed(s)\n\n{table(rows)}")
-    if args.part in ("all", "pictures"):
+    if args.pictures:
         draw_field(args.pictures)
 
 

@@ -9,18 +9,15 @@ G(z) = D(2.5 z; 2.5) and brings it to p by a learned log density ratio. Fill in,
 """
 
 import math
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: F401  (for the blanks)
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
-import plane  # noqa: E402
-from machinery import training  # noqa: E402
-from machinery.files import UserError  # noqa: E402
-from pretrain import denoising_loss  # noqa: E402
+from project import ROOT
+import plane
+from machinery import training
+from machinery.files import UserError
 
 # ---- Blanks. h = ln p/q; u = q/p = exp(-h). Shapes: h [N]; samples and noise [N, 2]; sigma [N] --------
 
@@ -45,25 +42,10 @@ def generator_loss(ratio, fake, sigma, eps, divergence):
 # ---- Given: data, networks, the loop ------------------------------------------------------------------
 
 
-class Ratio(plane.Ratio):
-    """h(x, sigma), [N], of points x [N, 2]."""
-
-    def forward(self, x, sigma, labels=None):
-        return super().forward(x[:, :, None, None], sigma)
-
-
 def eight():
     """Eight Gaussians on a circle."""
     angle = 2 * math.pi * torch.arange(8) / 8
     return plane.Mixture(0.7 * torch.stack([angle.cos(), angle.sin()], dim=1), torch.full((8,), 0.05))
-
-
-def stage1(p, steps, noise):
-    net = plane.Score(128)
-    trainer = plane.Trainer(net, 2e-3, steps)
-    for _ in range(steps):
-        trainer.step(denoising_loss(net, noise.points(p), noise.levels(), noise.normal()))
-    return net
 
 
 def draw(panels, p, right, path):
@@ -90,10 +72,9 @@ def main():
         raise UserError("there are blanks left: fill them in, then python exercises/check.py 1")
     if args.picture:
         plane.pyplot()  # a missing package is told now, not after the work
-    torch.manual_seed(training.seed_of(args.seed, "plane_blank"))
     p, noise = eight(), plane.Noise(512, args.seed, "plane_blank")
-    generator = stage1(p, args.steps, noise)
-    ratio, aside, panels = Ratio(128), torch.tensor([args.far, 0.0]), {}
+    generator = plane.train_score(p, dict(batch=512, lr=2e-3), args.seed, "stage 1", 128, args.steps)
+    ratio, aside, panels = plane.Ratio(128), torch.tensor([args.far, 0.0]), {}
     follow, watch = (plane.Trainer(net, lr, args.iterations, (0.0, 0.999)) for net, lr in ((generator, 5e-4), (ratio, 2e-3)))
 
     def levels():

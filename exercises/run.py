@@ -4,13 +4,10 @@
     python exercises/run.py 5 --results my-runs.jsonl          train and measure its rows, seed 0
     python exercises/run.py 5 --results my-runs.jsonl --mine   the same of your working copy, whatever you changed in it
     python exercises/run.py 2 --results my-runs.jsonl --mine "--divergence hellinger"          with flags of your own
-    python exercises/run.py 5 --results my-runs.jsonl --predict mine.txt     a text or a file, before anything is run
-    python exercises/run.py 5 --results my-runs.jsonl --submit me.json       one file to hand in
 
-Rows without --mine run the pristine scripts (exercises/changes.py), so an edit of yours changes none of them. All start from
-assets/digits-stage1.pt. A row is a run of fixed length, in a folder of runs/exercises/RESULTS that is named by a hash of
-scripts and flags, and a line of RESULTS: that hash, its measures (exercises/measure.py), its distance over training. What has
-a line of the same hash is not run again; other code or flags are another run. After a stop the same command continues.
+Rows without --mine run the pristine scripts (exercises/changes.py), so an edit of yours changes none of them. A row is a run
+in a folder of runs/exercises/RESULTS and a line of RESULTS, both with a hash of scripts and flags. What has a line of the same
+hash is not run again; other code or flags are another run. After a stop the same command continues.
 """
 
 import datetime
@@ -27,23 +24,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+from project import HERE, ROOT
+import changes
+
 WORK = ROOT  # runs/ is in it
-sys.path[:0] = [str(ROOT), str(HERE)]
-import changes  # noqa: E402
 
 if __name__ == "__main__":  # an edit of a script changes nothing that measures
     sys.path.insert(0, str(changes.unpack(WORK)))
-import fid  # noqa: E402, F401  (before the programs below, which look in the working copy first)
-import pretrain  # noqa: E402, F401
-import sample  # noqa: E402
-import train_diffratio  # noqa: E402, F401
-from machinery import checkpoints, data, files, training  # noqa: E402
-from machinery.files import UserError  # noqa: E402
-import measure  # noqa: E402
-import verifier  # noqa: E402
-from scipy import stats  # noqa: E402
+import sample
+from machinery import checkpoints, data, files, training
+from machinery.files import UserError
+import measure
+import plane
+import verifier
+from scipy import stats
 
 # ---- Settings, as differences from the preset `digits` -----------------------------------------------
 
@@ -53,7 +47,6 @@ COMMON = f"--init {STAGE1} --kimg {KIMG} --batch 64"
 CURVE = f"--fid-every 4 --fid-features {STAGE1} --fid-images 1797"
 SAMPLES = 3594  # of each generator: twice the data
 ONE_LEVEL = "--kimg 200 --p-mean 0.9163 --p-std 0.001"  # ln 2.5: a stage 1 at a single noise level, for the exercise `stage-1`
-LEVELS = (0.1, 0.5, 1.0)  # noise levels at which the ratio network's calibration is measured
 REFERENCE = HERE / "results" / "runs.jsonl"
 NUMBERS = {  # of the pages in exercises/: names below, or a program of its own
     "0": "warmups.py", "1": "plane.py", "2": "divergences", "3": "stage-1", "4": "gan", "5": "order momentum", "6": "t-init",
@@ -152,8 +145,8 @@ def hash_of(flags, names):
 
 def folder_of(flags, names, seed, results):
     """Folder of a run. Another file of results, other scripts or other flags mean another one."""
-    name = run_name(flags, names) + ("" if "mine" in names else f"_{hash_of(flags, names)}")
-    return WORK / "runs" / "exercises" / Path(results).stem / f"{name}-{seed}"
+    name = f"{run_name(flags, names)}_{hash_of(flags, names)}-{seed}"
+    return WORK / "runs" / "exercises" / Path(results).stem / name
 
 
 def train(folder, flags, names, seed, length=()):
@@ -192,33 +185,21 @@ def call(command, root):
         sys.exit(code if code > 0 else 128 - code)
 
 
-@torch.no_grad()
 def calibration(folder, dataset, seed):
-    """Of a run's ratio network, on data and fresh samples of the averaged generator: {level: {accuracy, error, mean_ratio}}.
-
-    accuracy: how often it is right; 0.5 is blind. error and mean_ratio: see `verifier.calibration`.
-    """
+    """{"0.1": `verifier.calibration` of a run's ratio network at that level, on data and fresh samples of the averaged generator}."""
     net = checkpoints.load_network(folder / "network.pt", role="generator")
     ratio = checkpoints.load_network(folder / "ratio.pt", role="ratio")
     indices = range(10_000, 10_000 + len(dataset))  # others than those that are measured
     fake = torch.cat([x for x, _ in sample.in_batches(net, indices, seed, "cpu", 300)])
-    real, result = dataset.to_model(dataset.batch(np.arange(len(dataset)))[0], "cpu"), {}
-    for level in LEVELS:
-        generator = training.rng("cpu", seed, "calibration", str(level))
-        noised = [x + level * torch.randn(x.shape, generator=generator) for x in (real, fake)]
-        h_real, h_fake = (torch.cat([ratio(a, torch.full((len(a),), level)) for a in x.split(300)]) for x in noised)
-        found = verifier.calibration(h_real, h_fake)
-        accuracy = ((h_real > 0).float().mean() + (h_fake < 0).float().mean()) / 2
-        result[str(level)] = dict(accuracy=accuracy.item(), error=found["calibration_error"], mean_ratio=found["mean_ratio"])
-    return result
+    real = dataset.to_model(dataset.batch(np.arange(len(dataset)))[0], "cpu")
+    both = [verifier.logits(ratio, x[:, None], 0.1, (seed, side))[:, 0] for side, x in enumerate((real, fake))]
+    return {"0.1": verifier.calibration(*both)}
 
 
-def measured(folder, flags, measures, seed):
+def measured(folder, measures, seed):
     """The measures of a finished run."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [line for line in log if "images_per_second" in line]
-    if abs(steps[-1]["nimg"] / 1000 - kimg_of(flags)) > 0.1:
-        raise UserError(f"{folder} is a run of {steps[-1]['nimg'] / 1000:g} instead of {kimg_of(flags):g} kimg; remove it")
     net = checkpoints.load_network(folder / "network.pt", role="generator")
     images = np.concatenate([data.to_uint8(x) for x, _ in sample.in_batches(net, range(SAMPLES), seed, "cpu", 300)])
     line = dict(measures(images), curve=[[line["nimg"], line["fid"]] for line in log if "fid" in line])
@@ -230,10 +211,8 @@ def measured(folder, flags, measures, seed):
 
 # ---- Results: tables, intervals ----------------------------------------------------------------------
 
-JUDGED = {  # heading: (key of a line, whether it varies by a factor, so that its logarithm is taken; format)
-    "FD (classifier)": ("fd_classifier", True, "{:.1f}"), "FD (stage 1)": ("fd_stage1", True, "{:.4f}"),
-    "precision": ("precision_classifier", False, "{:.2f}"), "recall": ("recall_classifier", False, "{:.2f}"),
-}
+# {heading: whether it varies by a factor, so that its logarithm is taken}
+JUDGED = {"FD (classifier)": True, "FD (stage 1)": True, "precision": False, "recall": False}
 FAR = 30  # FD (classifier) from which on runs of one setting differ more
 
 
@@ -250,18 +229,16 @@ def by_run(found):
 def intervals(runs):
     """{run: {heading: (low, high)}}: where 95 % of single further runs lie, from {run: lines of its n seeds}.
 
-    The prediction interval of one more normal observation, mean +- t s sqrt(1 + 1/n) (Hahn and Meeker, Statistical
-    Intervals, 1991, section 4.7). Three seeds give no deviation s of their own. So s is pooled over the rows whose mean
-    FD (classifier) is below 30, or over those above, and t is the 97.5 % quantile for that many degrees of freedom. For
-    distances all of this is done with their logarithm: runs differ by factors.
+    mean +- t s sqrt(1 + 1/n) (Hahn and Meeker, Statistical Intervals, 1991, section 4.7). Three seeds give no deviation s of
+    their own: it is pooled over the rows whose mean FD (classifier) is below `FAR`, or over those above. Distances: of the log.
     """
     result = {}
     for far in (False, True):
         group = {run: lines for run, lines in runs.items()
                  if len(lines) > 1 and (np.mean([line["fd_classifier"] for line in lines]) >= FAR) == far}
         freedom = sum(len(lines) - 1 for lines in group.values())
-        for heading, (key, factor, _) in JUDGED.items():
-            values = {run: np.array([line[key] for line in lines]) for run, lines in group.items()}
+        for heading, factor in JUDGED.items():
+            values = {run: np.array([measure.COLUMNS[heading][0](line) for line in lines]) for run, lines in group.items()}
             values = {run: np.log(found) if factor else found for run, found in values.items()}
             if freedom:
                 s = (sum(((found - found.mean()) ** 2).sum() for found in values.values()) / freedom) ** 0.5
@@ -274,15 +251,15 @@ def intervals(runs):
 
 def between(heading, expected):
     """Text of an interval of `intervals`."""
-    (low, high), form = expected[heading], JUDGED[heading][2]
+    (low, high), (_, form) = expected[heading], measure.COLUMNS[heading]
     form = "{:.0f}" if form == "{:.1f}" and high > 150 else form
     return f"{form.format(low)} to {form.format(high)}"
 
 
 def judged(heading, line, expected):
     """Text: the value of a line and whether it lies in its interval."""
-    (low, high), (key, _, form) = expected[heading], JUDGED[heading]
-    return f"{form.format(line[key])} {'inside' if low <= line[key] <= high else 'OUTSIDE'} {between(heading, expected)}"
+    (low, high), (value, form) = expected[heading], measure.COLUMNS[heading]
+    return f"{form.format(value(line))} {'inside' if low <= value(line) <= high else 'OUTSIDE'} {between(heading, expected)}"
 
 
 def table(exercise, rows, path, short=False):
@@ -309,6 +286,42 @@ def table(exercise, rows, path, short=False):
     if without := [name for name in found if name not in known]:
         text = [*text[: None if known else 1], f"no reference exists for: {', '.join(without)}"]
     return "\n\n".join(text)
+
+
+# ---- Pictures ----------------------------------------------------------------------------------------
+
+
+def strip(folder):
+    """Twelve samples of a run side by side, uint8 [H, 12 * (W + 1)]."""
+    net = checkpoints.load_network(folder / "network.pt", role="generator")
+    images = data.to_uint8(next(sample.in_batches(net, range(12), 0, "cpu", 12))[0])[..., 0]
+    return np.pad(images, ((0, 0), (0, 0), (0, 1)), constant_values=255).transpose(1, 0, 2).reshape(images.shape[1], -1)
+
+
+def draw(exercise, path, picture):
+    """Draw the distance over training of the lines of `path`, with the band over seeds, and samples of their runs of seed 0."""
+    plt, runs = plane.pyplot(), by_run(results(path))
+    rows = {name: row_of(exercise, name) for name in EXERCISES[exercise]}
+    folders = {name: folder_of(*row, 0, path) for name, row in rows.items()}
+    folders = {name: folder for name, folder in folders.items() if (folder / "network.pt").exists()}
+    figure = plt.figure(figsize=(11, 4.2), dpi=110, layout="constrained")
+    left, right = figure.subfigures(1, 2)
+    axes = left.subplots()
+    seconds = dict(DiffRatio=1.53, VSD=2.68, SiD=3.42) if exercise == "teacher" else {}  # per thousand images, as on the page
+    for i, (name, row) in enumerate(rows.items()):
+        if seeds := [line["curve"] for line in runs.get(run_name(*row), [])]:
+            x, values = np.array(seeds[0])[:, 0] / 1000 * seconds.get(name, 1), np.array(seeds)[:, :, 1]
+            axes.plot(x, np.exp(np.log(values).mean(axis=0)), label=name, color=f"C{i}")  # the mean of a log axis
+            axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=f"C{i}", alpha=0.15, linewidth=0)
+    axes.set(xlabel="seconds on one core" if seconds else "thousand images", ylabel="FD (stage 1)", yscale="log")
+    axes.grid(alpha=0.3)
+    left.legend(fontsize=7, loc="outside lower center", ncols=2)  # over no curve
+    for axis, (name, folder) in zip(right.subplots(len(folders), 1, squeeze=False).flat if folders else (), folders.items()):
+        axis.imshow(strip(folder), cmap="gray", vmin=0, vmax=255)
+        axis.set_title(name, fontsize=7, loc="left", pad=2)
+        axis.axis("off")
+    plane.save(figure, picture, "figure")
+    plt.close(figure)
 
 
 # ---- Predictions and submissions ---------------------------------------------------------------------
@@ -359,7 +372,8 @@ def main():
         short=(False, "rows of a quarter of the length, for which there is no reference"),
         predict=(None, "store this text, or this file, as your prediction and end", str),
         submit=(None, "write predictions, results with their diffs and checks, and logs to this file and end", str),
-        table=(False, "print what --results holds and run nothing")))
+        table=(False, "print what --results holds and run nothing"),
+        pictures=(None, "draw the results into this folder (matplotlib: `make exercises`)", Path)))
     parser.add_argument("exercise", nargs="?", choices=[*NUMBERS, *EXERCISES], metavar="EXERCISE", help="number or name")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows (default: all)")
     parser.add_argument("--mine", nargs="?", const="", metavar="FLAGS", help="run your working copy, with these flags")
@@ -376,6 +390,8 @@ def main():
         if getattr(args, flag) not in (None, False) and not args.results:
             parser.error(f"--{flag} needs --results, for example --results my-runs.jsonl")
     rows = {name: [row for row in EXERCISES[name] if row in (args.rows or known)] for name in exercises}
+    if args.pictures:
+        plane.pyplot()  # a missing package is told now, not after the work
     if args.predict:
         return predict(args, exercises)
     if args.submit:
@@ -388,6 +404,8 @@ def main():
     if not any(tables.values()):
         raise UserError(f"{args.results} holds no results of {' '.join(exercises)}; without --table they are trained and measured")
     print("\n".join(f"\n{name}\n\n{text}" for name, text in tables.items() if text))
+    for name in [name for name, text in tables.items() if text and args.pictures]:
+        draw(name, args.results or REFERENCE, args.pictures / f"{name}.png")
 
 
 def own_code(exercise):
@@ -426,7 +444,7 @@ def run_all(args, rows):
             train(folder, flags, names, seed)
             measures = measures or measure.Measures("digits", WORK / STAGE1)
             line = dict(run=run, seed=seed, hash=now_hash, exercise=exercise, flags=flags, folder=str(folder.relative_to(WORK)),
-                        **measured(folder, flags, measures, seed), time=now(), seconds=round(time.monotonic() - start), **own)
+                        **measured(folder, measures, seed), time=now(), seconds=round(time.monotonic() - start), **own)
             measure.add_lines(args.results, line)
             print(f"--- {name}, seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
 

@@ -2,27 +2,19 @@
 
 The networks, noise levels, rates, lengths and logs are those of train_diffratio.py. What differs is where the generator's
 direction comes from: two denoisers instead of one ratio network. The teacher D_T is the frozen network of stage 1. The
-student D_S starts as its copy and learns, by the loss of stage 1, from the generator's samples. No data is needed.
-
-    DiffRatio   one encoder, trained on data and samples; its logit is differentiated
-    VSD         two denoisers; their difference is the direction, no network is differentiated
-    SiD         two denoisers; the squared difference is the loss, both networks are differentiated
-
-Writes what train_diffratio.py writes, but no ratio.pt. The same command again resumes the run.
+student D_S starts as its copy and learns, by the loss of stage 1, from the generator's samples. No data is needed. Writes
+what train_diffratio.py writes, but no ratio.pt. The same command again resumes the run.
 
     python exercises/teacher.py --method vsd --kimg 50
     python exercises/teacher.py --method sid --kimg 50
-    python exercises/teacher.py --cost digits           time, memory and arithmetic of an iteration, as JSON lines
 """
 
 import copy
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
@@ -48,7 +40,6 @@ SETTINGS = without_ratio(train_diffratio.SETTINGS) | fid.SETTINGS | dict(
     method=("vsd", "what the generator follows", ["vsd", "sid"]),
     lr=(None, f"learning rate of the generator (default: {RATES} by method)", float),
     score_lr=(3e-4, "learning rate of the student"),
-    cost=(None, "measure an iteration of each method with this network, train nothing", list(networks.NETWORKS)),
 )
 
 
@@ -128,8 +119,6 @@ def iteration(method, nets, optimizers, rates, z, labels, t_init, score_noise, n
 def main():
     args = arguments()
     rt = training.start(args.device, args.precision, batch=args.batch, micro_batch=args.micro_batch)
-    if args.cost:
-        return cost(args, rt)
 
     # Teacher, student, generator: three copies of stage 1. The data only gives the shape of the images.
     dataset = rt.main_first(lambda: data.load(args.data, resolution=args.resolution))
@@ -177,23 +166,6 @@ def main():
         if run.due(args.save_kimg) or run.due(args.fid_every) or run.stopping:
             run.save(write_networks)
         measure_fid()
-
-
-def cost(args, rt):
-    """Print a line of JSON per method: GFLOP and seconds per image of an iteration of --batch images, and peak memory."""
-    import gpu  # which imports this file
-
-    config = networks.NETWORKS[args.cost]
-    for method in ("diffratio", *METHODS):
-        torch.manual_seed(0)
-        step = gpu.stage_2(config, rt) if method == "diffratio" else gpu.distillation(config, rt, method=method)
-        with FlopCounterMode(display=False) as counter:
-            step()
-        seconds, memory = gpu.measure(step, rt.device, repeats=3)
-        print(json.dumps(dict(
-            network=args.cost, method=method, batch=args.batch, precision=rt.precision,
-            gflop_per_image=counter.get_total_flops() / args.batch / 1e9, seconds_per_image=seconds / args.batch,
-            peak_memory_gb=memory, hardware=gpu.hardware(rt.device))), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,41 +1,35 @@
 """A verifier for free? Draw K candidates per image, let the ratio network choose, measure what that is worth.
 
-`sample.py --candidates K` keeps candidate k with probability proportional to exp(h_k). Here 16 candidates of each image are
-drawn once, with the random numbers of sample.py. Each of RECIPES chooses among the first K of them at each noise level: a blind
-choice (h = 0), the ratio network of the training, and the same trained on against the frozen averaged generator, with 80 % of
-the data. A last tenth judges (of Fashion-MNIST the test set). The generator of the digits has seen all of them.
+16 candidates of each image are drawn once, as sample.py draws them. Each of RECIPES chooses among the first K at each noise
+level: a blind choice (h = 0), the ratio network of the training, and the same trained on against the frozen averaged generator,
+with 80 % of the data. A last tenth judges (of Fashion-MNIST the test set). The generator of the digits has seen all of them.
 
     python exercises/verifier.py --seeds 3                   the digits, with the networks of assets/ and runs/digits/pretrain
     python exercises/verifier.py --network "mine/{seed}/network.pt" --ratio "mine/{seed}/ratio.pt" --results mine.jsonl
     python exercises/verifier.py --data fashion-mnist --seeds 3 --recipes blind "as trained"      without any training
 
-Adds a line of JSON per noise level and K to --results. A recipe that has its lines there is not measured again; in the file
-of the repository all have, so without --results only the table is printed.
+Adds lines of JSON to --results. A recipe that has its lines there is not measured again: without --results none is.
 """
 
-import argparse
 import copy
 import functools
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
-import fid  # noqa: E402
-import measure  # noqa: E402
-import networks  # noqa: E402
-import sample  # noqa: E402
-import train_diffratio  # noqa: E402
-from machinery import checkpoints, data, files, training  # noqa: E402
-from machinery.files import UserError  # noqa: E402
+from project import ROOT
+import fid
+import measure
+import networks
+import sample
+import train_diffratio
+from machinery import checkpoints, data, files, training
+from machinery.files import UserError
 
 CANDIDATES = (1, 2, 4, 8, 16)
 SIGMAS = (0.1, 0.2, 0.5, 1.0)  # noise levels at which the ratio is read
 DATA = {  # images that are measured; of training on: samples to learn from, steps; stage-1 network for FD (stage 1)
-    "digits": dict(samples=1797, pool=7372, steps=600, pretrained="runs/digits/pretrain/network.pt"),
+    "digits": dict(samples=1797, pool=7372, steps=600, pretrained=str(ROOT / "assets" / "digits-stage1.pt")),
     "fashion-mnist": dict(samples=2000, pool=18_000, steps=1500, pretrained=str(ROOT / "assets" / "fashion-mnist-stage1.pt")),
 }
 LR, BATCH = 3e-4, 128  # of training on
@@ -60,7 +54,7 @@ def logits(ratio, images, sigma, seed):
     return torch.stack([torch.cat(column) for column in columns], dim=1)
 
 
-def train_on(ratio, real, fake, steps, settings, seed):
+def train_on(ratio, real, fake, steps, seed):
     """A copy of `ratio`, trained further to tell images `real` from samples `fake` [n, C, H, W] of a frozen generator."""
     ratio, shape = copy.deepcopy(ratio).train().requires_grad_(True), real.shape[1:]
     rt = training.Runtime(torch.device("cpu"), batch=BATCH)
@@ -68,7 +62,7 @@ def train_on(ratio, real, fake, steps, settings, seed):
     for step in range(1, steps + 1):
         rt.seed(seed, step, "verifier")
         a, b = (images[(rt.rand() * len(images)).long()] for images in (real, fake))
-        sigma = train_diffratio.noise_levels(settings, rt)
+        sigma = (rt.randn() * 1.2 - 1.2).exp()  # as in stage 2
         optimizer.step(LR, objective, a, b, sigma, rt.randn(*shape), rt.randn(*shape))
     return ratio.eval()
 
@@ -76,8 +70,8 @@ def train_on(ratio, real, fake, steps, settings, seed):
 def calibration(h_real, h_fake, bins=10):
     """How far the logits [n] of data and [m] of samples, both new, are probabilities: {measure: number}.
 
-    calibration_error: mean distance of predicted probability and frequency over `bins` bins; data and samples weigh a half
-    each. mean_ratio: E_q[exp h], which is 1 for the exact ratio. loss: cross-entropy, ln 2 if blind.
+    accuracy: how often they are right; 0.5 is blind. error: mean distance of predicted probability and frequency over `bins`
+    bins. mean_ratio: E_q[exp h], 1 for the exact ratio. loss: cross-entropy, ln 2 if blind. Data and samples weigh a half each.
     """
     h = torch.cat([h_real, h_fake]).double()
     real = torch.cat([torch.ones(len(h_real)), torch.zeros(len(h_fake))]).double()
@@ -85,14 +79,15 @@ def calibration(h_real, h_fake, bins=10):
     p = h.sigmoid()
     gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, (p * bins).long().clamp(max=bins - 1), weight * (p - real))
     loss = (weight * F.softplus(torch.where(real > 0, -h, h))).sum()
-    return {"calibration_error": gaps.abs().sum().item(), "mean_ratio": h_fake.double().exp().mean().item(), "loss": loss.item()}
+    accuracy = (weight * ((h > 0) == (real > 0))).sum()
+    return {"accuracy": accuracy.item(), "error": gaps.abs().sum().item(), "mean_ratio": h_fake.double().exp().mean().item(),
+            "loss": loss.item()}
 
 
 def weighted(features, weights, tag):
     """Mean and covariance of features [m, d] with weights [m] that sum to one, as the `Statistics` of a distance."""
     x, w = features.double(), weights.double()
-    mean = w @ x
-    return fid.Statistics(mean.numpy(), ((x - mean).T * w @ (x - mean)).numpy(), tag, len(x))
+    return fid.Statistics((w @ x).numpy(), x.T.cov(correction=0, aweights=w).numpy(), tag, len(x))
 
 
 def worth(measures, features, nearest, chosen, weights):
@@ -126,10 +121,8 @@ def sweep(args, seed, path, ratio_path, shared, recipes):
     known, new = (source.to_model(source.batch(part)[0], "cpu") for source, part in ((dataset, train), judges))
     nets = {"blind": networks.RatioNetwork(ratio.config).eval(), "as trained": ratio}  # the head of the first is still zero
     if "trained on" in recipes:
-        defaults = {name: setting[0] for name, setting in train_diffratio.SETTINGS.items()}
-        noise = argparse.Namespace(**defaults | train_diffratio.PRESETS[args.data])
         fake = draw_candidates(net, range(10**6, 10**6 + own["pool"]), seed, 1)[:, 0]
-        nets["trained on"] = train_on(ratio, known, fake, own["steps"], noise, seed)
+        nets["trained on"] = train_on(ratio, known, fake, own["steps"], seed)
 
     candidates = draw_candidates(net, range(args.samples), seed, max(CANDIDATES))
     columns = [data.to_uint8(candidates[:, k]) for k in range(max(CANDIDATES))]
@@ -166,7 +159,7 @@ def main():
         data=("digits", "what the generator was trained on", list(DATA)),
         network=(str(ROOT / "assets" / "{data}.pt"), "the generator; {data} and {seed} are replaced"),
         ratio=(str(ROOT / "assets" / "{data}-ratio.pt"), "its ratio network, in the same way"),
-        pretrained=(None, "stage-1 network for FD (stage 1) (default: that of `make demo`, or of assets/)", str),
+        pretrained=(None, "stage-1 network for FD (stage 1) (default: that of assets/)", str),
         seeds=(1, "seeds 0 to N - 1"),
         samples=(None, "images that are measured (default: that of the data)", training.number("4 or more", int, 4)),
         results=(str(ROOT / "exercises" / "results" / "verifier.jsonl"), "JSON lines to add to")))

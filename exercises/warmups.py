@@ -11,22 +11,18 @@
 import functools
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(HERE)]
-import check  # noqa: E402
-import measure  # noqa: E402
-import sample  # noqa: E402
-from machinery import checkpoints, data, training  # noqa: E402
-from machinery.files import UserError, reading  # noqa: E402
-from machinery.training import BANDS, band_sums  # noqa: E402
-from train_diffratio import DIVERGENCES  # noqa: E402
+from project import ROOT
+import check
+import measure
+import sample
+from machinery import checkpoints, data, training
+from machinery.files import reading
+from train_diffratio import DIVERGENCES
 
 # ---- Closed forms: q = N(theta, 1) against p = N(0, 1.5^2), by quadrature ----------------------------
 
@@ -53,7 +49,7 @@ def pathwise_gradient(loss):
     return torch.autograd.grad(torch.trapezoid(log_normal(GRID, 0, 1).exp() * loss(h), GRID), theta)[0].item()
 
 
-def wrong_loss(seed):
+def wrong_loss(seed, args=None):
     """The loss of a sample: f'(u), or f(u)/u, whose mean is the divergence as well?"""
     rows = []
     for name, loss in DIVERGENCES.items():
@@ -100,20 +96,19 @@ def both_logits(seed, noises):
         yield sigma, logits(ratio, real, sigma, 2 * key), logits(ratio, fake, sigma, 2 * key + 1)
 
 
-def read_log(seed, noises, log=None):
+def read_log(seed, args):
     """ln 2 - cross-entropy bounds the Jensen-Shannon divergence from below (nats; at most ln 2 = 0.693).
 
     Noise levels as in training. `right`: share told apart, of the data and of fresh samples; 0.5 is blind.
     """
-    sums, right = torch.zeros(5, len(BANDS) + 1, dtype=torch.float64), torch.zeros(3, len(BANDS) + 1)
-    for sigma, h_real, h_fake in both_logits(seed, noises):
-        sums += band_sums(sigma, h_real, h_fake)
-        counts = torch.stack([torch.ones_like(h_real), (h_real > 0).float(), (h_fake < 0).float()])
-        right.index_add_(1, sum(sigma > edge for edge in BANDS), counts)
+    sums = right = 0
+    for sigma, h_real, h_fake in both_logits(seed, args.noises):
+        sums = sums + training.band_sums(sigma, h_real, h_fake)
+        right = right + training.by_band(sigma, torch.stack([torch.ones_like(h_real), (h_real > 0).float(), (h_fake < 0).float()]))
     last = {}
-    if log:
-        with reading(log, "a log.jsonl of stage 2", "give the one beside a ratio.pt"):
-            last = json.loads(Path(log).read_text().splitlines()[-1])["bands"]
+    if args.log:
+        with reading(args.log, "a log.jsonl of stage 2", "give the one beside a ratio.pt"):
+            last = json.loads(Path(args.log).read_text().splitlines()[-1])["bands"]
     rows = []
     record, _ = training.stage2_line({"bands": sums, "generator_loss": torch.zeros(()), "gradient": sums[:1]}, 1)
     for i, (band, found) in enumerate(record["bands"].items()):
@@ -124,27 +119,22 @@ def read_log(seed, noises, log=None):
     return rows
 
 
-def calibration(seed, noises):
-    """E_q[exp h] = 1 if h = ln p/q, since the integral of q p/q is that of p; and E_p[exp(-h)] = 1.
-
-    The standard error is over images (each the mean over its noises), not over draws of noise.
-    """
+def calibration(seed, args):
+    """E_q[exp h] = 1 if h = ln p/q, since the integral of q p/q is that of p; and E_p[exp(-h)] = 1."""
     ratio, real, fake, rows = checkpoints.load_network(RATIO), real_digits(), fresh_samples(seed), []
     for level in (0.05, 0.2, 0.5, 2.0):
-        sigma, row, keys = torch.full((len(real),), level), {"sigma": level}, range(100 * seed, 100 * seed + noises)
-        of_q = torch.stack([logits(ratio, fake, sigma, 2 * key).exp() for key in keys]).mean(dim=0)
-        of_p = torch.stack([(-logits(ratio, real, sigma, 2 * key + 1)).exp() for key in keys]).mean(dim=0)
-        for name, each in (("E_q[exp h]", of_q), ("E_p[exp(-h)]", of_p)):
-            row |= {name: each.mean().item(), f"error of {name[:3]}": each.std().item() / math.sqrt(len(each))}
-        rows.append({**row, "ideal": 1.0})
+        sigma, keys = torch.full((len(real),), level), range(100 * seed, 100 * seed + args.noises)
+        of_q = torch.cat([logits(ratio, fake, sigma, 2 * key).exp() for key in keys]).mean().item()
+        of_p = torch.cat([(-logits(ratio, real, sigma, 2 * key + 1)).exp() for key in keys]).mean().item()
+        rows.append({"sigma": level, "E_q[exp h]": of_q, "E_p[exp(-h)]": of_p, "ideal": 1.0})
     return rows
 
 
-def reliability(seed, noises, bins=(0.0, 0.45, 0.48, 0.5, 0.52, 0.55, 1.0)):
+def reliability(seed, args, bins=(0.0, 0.45, 0.48, 0.5, 0.52, 0.55, 1.0)):
     """Where the network says "data with probability P", how often is it data? Noise levels as in training."""
-    h = [(h_real, h_fake) for _, h_real, h_fake in both_logits(seed, noises)]
-    probability = torch.cat([torch.cat(pair) for pair in h]).sigmoid()
-    is_data = torch.cat([torch.cat([torch.ones_like(h_real), torch.zeros_like(h_fake)]) for h_real, h_fake in h])
+    _, h_real, h_fake = (torch.cat(each) for each in zip(*both_logits(seed, args.noises)))
+    probability = torch.cat([h_real, h_fake]).sigmoid()
+    is_data = torch.cat([torch.ones_like(h_real), torch.zeros_like(h_fake)])
     rows = []
     for low, high in zip(bins, bins[1:]):
         inside = (probability >= low) & (probability < high)
@@ -156,7 +146,7 @@ def reliability(seed, noises, bins=(0.0, 0.45, 0.48, 0.5, 0.52, 0.55, 1.0)):
 
 # ---- Sampling: distances of 898 samples from the 1797 digits -----------------------------------------
 
-STAGE1 = ROOT / "runs" / "digits" / "pretrain" / "network.pt"
+STAGE1 = ROOT / "assets" / "digits-stage1.pt"
 
 
 def distances(measures, x):
@@ -171,23 +161,23 @@ def noise(seed, n=898):
 
 
 @torch.no_grad()
-def one_step(seed, net, measures):
+def one_step(seed, args):
     """One step of the untrained network, D(t z; t): which t is the best start, and is it the paper's 2.5?"""
     levels = (0.3, 0.5, 0.7, 1.0, 1.5, 2.5, 5.0, 20.0, 80.0)
-    return [{"t": t, **distances(measures, sample.one_step(net, noise(seed), None, t))} for t in levels]
+    return [{"t": t, **distances(args.measures, sample.one_step(args.net, noise(seed), None, t))} for t in levels]
 
 
-def price(seed, net, measures):
+def price(seed, args):
     """Heun with few steps against one step of the generator in assets/."""
     z = noise(seed)
-    drawn = {f"Heun, {steps} steps": (2 * steps - 1, sample.heun(net, z, steps=steps)) for steps in (3, 5, 9, 18)}
+    drawn = {f"Heun, {steps} steps": (2 * steps - 1, sample.heun(args.net, z, steps=steps)) for steps in (3, 5, 9, 18)}
     drawn["one step, after stage 2"] = 1, fresh_samples(seed, len(z))
-    return [{"sampler": name, "evaluations": float(cost), **distances(measures, x)} for name, (cost, x) in drawn.items()]
+    return [{"sampler": name, "evaluations": float(cost), **distances(args.measures, x)} for name, (cost, x) in drawn.items()]
 
 
-CLOSED = {"wrong-loss": wrong_loss}
-READING = {"log": read_log, "calibration": calibration, "reliability": reliability}
-SAMPLING = {"one-step": one_step, "price": price}
+EVERY = {"wrong-loss": wrong_loss, "log": read_log, "calibration": calibration, "reliability": reliability,
+         "one-step": one_step, "price": price}
+SAMPLING = ("one-step", "price")
 
 
 def table(seeds):
@@ -198,30 +188,23 @@ def table(seeds):
 
 
 def main():
-    every = {**CLOSED, **READING, **SAMPLING}
     parser = training.Parser(__doc__, dict(
         seeds=(1, "seeds of the noise, 0 to N - 1"),
-        noises=(10, f"draws of noise per image: {', '.join(READING)}"),
+        noises=(10, "draws of noise per image, of those that read a ratio network"),
         log=(None, "a log.jsonl of stage 2, to print beside the table `log`", str),
         pretrained=(str(STAGE1), "the stage-1 network of the last two"),
         json=(None, "append a line of JSON per row to this file", str)))
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of {', '.join(every)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of {', '.join(EVERY)}")
     args = parser.parse_args()
-    names = list(every if "all" in args.names else args.names or {**CLOSED, **READING})
-    if unknown := set(names) - set(every):
-        parser.error(f"{min(unknown)}: unknown; choose among all, {', '.join(every)}")
-    of_stage1 = {}
+    names = list(EVERY if "all" in args.names else args.names or [name for name in EVERY if name not in SAMPLING])
+    if unknown := set(names) - set(EVERY):
+        parser.error(f"{min(unknown)}: unknown; choose among all, {', '.join(EVERY)}")
     if set(names) & set(SAMPLING):
-        if not Path(args.pretrained).exists():
-            raise UserError(f"{args.pretrained} is missing: run `make demo` first, or give --pretrained PATH")
-        of_stage1 = dict(measures=measure.Measures("digits", args.pretrained),
-                         net=checkpoints.load_network(args.pretrained, role="denoiser"))
+        args.measures = measure.Measures("digits", args.pretrained)
+        args.net = checkpoints.load_network(args.pretrained, role="denoiser")
     for name in names:
-        extra = {"noises": args.noises} if name in READING else of_stage1 if name in SAMPLING else {}
-        if name == "log":
-            extra["log"] = args.log
-        seeds = [every[name](seed, **extra) for seed in range(1 if name in CLOSED else args.seeds)]
-        print(f"\n{name}: {every[name].__doc__.strip().splitlines()[0]}\n\n{table(seeds)}", flush=True)
+        seeds = [EVERY[name](seed, args) for seed in range(1 if name == "wrong-loss" else args.seeds)]
+        print(f"\n{name}: {EVERY[name].__doc__.strip().splitlines()[0]}\n\n{table(seeds)}", flush=True)
         if args.json:
             measure.add_lines(args.json, *({"exercise": name, "seed": i, **row} for i, rows in enumerate(seeds) for row in rows))
 

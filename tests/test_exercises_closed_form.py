@@ -160,8 +160,8 @@ def test_results_of_the_plane_are_of_its_tables():
 def test_plane_and_warmups_say_what_is_missing(refused, monkeypatch, tmp_path):
     assert "invalid choice: 'nowhere'" in refused(plane, "error", "--regimes", "nowhere")
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    assert "make exercises" in refused(plane, "pictures")
-    assert "make demo" in refused(warmups, "price", "--pretrained", tmp_path / "none.pt")
+    assert "make exercises" in refused(plane, "error", "--pictures", tmp_path)
+    assert "none.pt: no such file" in refused(warmups, "price", "--pretrained", tmp_path / "none.pt")
     assert "unknown" in refused(warmups, "prize")
 
 
