@@ -34,7 +34,6 @@ INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_w
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_HASH = "6726825d"  # beginning of the file's SHA-256
 INCEPTION_TAG = "inception-2015-12-05"
-NETWORK_SIGMA = 0.2  # noise level that a stage-1 network is told
 PUBLISHED_COUNT = 50_000  # images on each side in published tables
 PAIRS_LIMIT = 10_000  # images on each side for KID, precision and recall
 AT_LEAST_TWO = training.number("2 or more", int, 2)  # images of a covariance
@@ -47,7 +46,7 @@ SETTINGS = dict(  # of FID during training
     inception=(None, "Inception weights (default: torch's hub cache, or a download)", str),
 )
 
-# ---- Inception v3 as in TensorFlow's graph of 2015-12-05 ---------------------
+# ---- Inception v3 as in TensorFlow's graph of 2015-12-05
 
 # Blocks of branches that read the same input. A word is a pooling or a convolution, /2 its stride.
 A = ["branch1x1", "branch5x5_1 branch5x5_2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3",
@@ -128,7 +127,7 @@ def resize_tf1(images, size=299):
     return x
 
 
-# ---- Feature extractors ------------------------------------------------------
+# ---- Feature extractors
 
 
 @dataclasses.dataclass
@@ -183,17 +182,14 @@ def inception(rt, path=None):
 
 
 def network_features(rt, path):
-    """The last activation of a stage-1 network's encoder, averaged over positions.
-
-    It sees clean images and is told sigma = 0.2, so the features are deterministic.
-    """
+    """The last activation of a stage-1 network's encoder, averaged over positions."""
     net = checkpoints.load_network(path, role="denoiser").requires_grad_(False)
     net, config = networks.place(net, rt.device), net.config
     shape = (config.img_resolution, config.img_resolution, config.img_channels)
 
     def function(images):
         x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
-        sigma = torch.full((len(x),), NETWORK_SIGMA, device=x.device)
+        sigma = torch.full((len(x),), 0.2, device=x.device)  # what it is told of the clean images
         return net.backbone.features(x, sigma).float().mean(dim=(2, 3)), None
 
     tag = f"network sha256:{files.file_hash(path)[:16]}"
@@ -201,7 +197,7 @@ def network_features(rt, path):
     return Extractor(str(path), tag, dim, shape, rt.device, function)
 
 
-# ---- Statistics --------------------------------------------------------------
+# ---- Statistics
 
 
 @dataclasses.dataclass(eq=False)
@@ -226,9 +222,7 @@ class Statistics:
                     and np.isfinite(mu).all() and np.isfinite(sigma).all()
                     and np.abs(sigma - sigma.T).max() <= 1e-5 * np.abs(sigma).max()
                     and sigma.diagonal().min() >= -1e-5 * np.abs(sigma).max()):
-                raise ValueError(f"mu {mu.dtype} {list(mu.shape)}, sigma {sigma.dtype} "
-                                 f"{list(sigma.shape)}: expected finite float64 [d] and a "
-                                 "covariance [d, d]")
+                raise ValueError("expected finite float64 [d] and a covariance [d, d]")
             if rows is not None and not (rows.dtype == np.float32 and rows.shape[1:] == mu.shape
                                          and np.isfinite(rows).all()):
                 raise ValueError(f"expected finite float32 rows [m, {len(mu)}]")
@@ -362,7 +356,7 @@ def split_half(n, seed=0):
     return np.sort(order[: n // 2]), np.sort(order[n // 2 : n // 2 * 2])
 
 
-# ---- The distances -----------------------------------------------------------
+# ---- The distances
 
 
 def frechet_distance(a, b):
@@ -394,20 +388,13 @@ def kernel_distance(reference, samples, subsets=100, size=1000, seed=0):
     if size < 2:
         raise UserError("KID needs at least 2 images on each side")
     generator, estimates = training.rng("cpu", seed, "subsets"), []
-
-    def subset(rows):
-        return rows[torch.randperm(len(rows), generator=generator)[:size]].double()
-
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x):  # mean over pairs of two different points
-        values = kernel(x, x)
-        return (values.sum() - values.trace()) / (size * (size - 1))
-
     for _ in range(subsets):
-        x, y = subset(reference), subset(samples)
-        estimates.append(within(x) + within(y) - 2 * kernel(x, y).mean())
+        x, y = (rows[torch.randperm(len(rows), generator=generator)[:size]].double()
+                for rows in (reference, samples))
+        xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        # Within a set only pairs of two different points count.
+        within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
+        estimates.append(within / (size * (size - 1)) - 2 * xy.mean())
     estimates = torch.stack(estimates)
     return estimates.mean().item(), estimates.std(correction=0).item()
 
@@ -434,7 +421,7 @@ def precision_recall(reference, samples, k=3):
     return share(samples, reference), share(reference, samples)
 
 
-# ---- FID during training, and the command ------------------------------------
+# ---- FID during training, and the command
 
 
 def open_side(spec, resolution=None):
@@ -489,7 +476,7 @@ def training_fid(args, dataset, run, net, write_networks):
     return measure_fid
 
 
-def arguments():
+def main():
     parser = training.Parser(__doc__, dict(
         features=(None, "stage-1 network whose features to use (default: Inception)", str),
         inception=SETTINGS["inception"],
@@ -508,11 +495,6 @@ def arguments():
         parser.error("--features and --inception exclude each other")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         parser.error(f"--save-stats {args.save_stats}: the name must end in .npz")
-    return args
-
-
-def main():
-    args = arguments()
     rt = training.start(args.device)
 
     # Find all that can be wrong before the features are computed, which may take an hour.

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ---- Configurations ----------------------------------------------------------
+# ---- Configurations
 
 
 class ConfigError(ValueError):
@@ -58,9 +58,8 @@ class Config:
             raise ConfigError(f"model_channels must be a multiple of 4, not {self.model_channels}")
         halvings = len(self.channel_mult) - 1
         if size % 2**halvings:
-            raise ConfigError(
-                f"images of {size}x{size} cannot be halved {halvings} times, as a network with "
-                f"{halvings + 1} levels does; resize them to a multiple of {2**halvings}")
+            raise ConfigError(f"images of {size}x{size} cannot be halved {halvings} times; "
+                              f"resize them to a multiple of {2**halvings}")
 
 
 NETWORKS = {  # in the order of Config's fields, up to dropout
@@ -91,7 +90,7 @@ def preconditioning(kind, sigma, sigma_data):
     return sigma_data**2 / total**2, sigma * sigma_data / total, 1 / total, sigma.log() / 4
 
 
-# ---- Pieces that the architectures share -------------------------------------
+# ---- Pieces that the architectures share
 
 
 def filter_2d(taps):
@@ -143,7 +142,7 @@ class GroupNorm(nn.GroupNorm):
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
-# ---- EDM: layers and block of DDPM++, NCSN++ and ADM -------------------------
+# ---- EDM: layers and block of DDPM++, NCSN++ and ADM
 
 
 def initialise(layer, config, gain=1.0):
@@ -214,12 +213,9 @@ class NoiseEmbedding(nn.Module):
 
 
 class EDMBlock(nn.Module):
-    """Residual block: x [N, cin, H, W], emb [N, 4 model_channels] -> [N, cout, H', W'].
+    """Residual block: x [N, cin, H, W], emb [N, 4 model_channels] -> [N, cout, H', W']."""
 
-    mode: as in `resample`. decoder: only EDM2's block needs it.
-    """
-
-    def __init__(self, config, cin, cout, mode="keep", attend=False, decoder=False):
+    def __init__(self, config, cin, cout, mode="keep", attend=False):
         super().__init__()
         self.adm, self.dropout = config.architecture == "adm", config.dropout
         self.skip_scale = 1.0 if self.adm else 0.5**0.5  # keeps the variance of a sum
@@ -254,7 +250,7 @@ class EDMBlock(nn.Module):
         return x
 
 
-# ---- EDM2: layers and block, magnitude-preserving ("mp") ---------------------
+# ---- EDM2: layers and block, magnitude-preserving ("mp")
 
 
 def mp_normalize(x, dims=None):
@@ -349,7 +345,7 @@ def normalize_weights(net):
             module.weight.copy_(mp_normalize(module.weight))
 
 
-# ---- The U-Net ---------------------------------------------------------------
+# ---- The U-Net
 
 
 class UNet(nn.Module):
@@ -410,7 +406,7 @@ class UNet(nn.Module):
             return
 
         # Decoder.
-        block = functools.partial(block, decoder=True)
+        block = functools.partial(block, decoder=True) if edm2 else block
         self.dec = nn.ModuleDict()
         for res, width, attend in reversed(levels):
             if not self.dec:
@@ -492,7 +488,7 @@ class UNet(nn.Module):
         return self.encode(x, self.embed(c_noise, labels))[-1]
 
 
-# ---- The two networks of the method ------------------------------------------
+# ---- The two networks of the method
 
 
 class Denoiser(nn.Module):
@@ -554,7 +550,7 @@ class RatioNetwork(nn.Module):
         self.encoder.load_state_dict({k: v for k, v in theirs.items() if k in mine})
 
 
-# ---- Placing, averaging, counting --------------------------------------------
+# ---- Placing, averaging, counting
 
 
 def memory_format(config, device_type, compiled=False):

@@ -38,16 +38,13 @@ SETTINGS = dict(  # {flag: (default, help[, type or choices])}
 # EDM, Table 7. EDM also augments (its Section 5), which is not implemented beyond flips.
 CIFAR10 = dict(data="cifar10", network="cifar10", xflip=True, kimg=200_000.0, batch=512, lr=1e-3,
                lr_rampup_kimg=10_000.0)
+SMALL = dict(batch=64, lr=1e-3, lr_rampup_kimg=10.0, ema_halflife_kimg=20.0,
+             log_kimg=4.0, grid_kimg=64.0, save_kimg=16.0)
 PRESETS = {
-    "digits": dict(data="digits", network="digits", kimg=110.0, batch=128, lr=1e-3,
-                   lr_rampup_kimg=5.0, ema_halflife_kimg=20.0,
-                   log_kimg=10.0, grid_kimg=50.0, save_kimg=50.0),
-    "fashion-mnist": dict(data="fashion-mnist", network="fashion-mnist", kimg=256.0, batch=64,
-                          lr=1e-3, lr_rampup_kimg=10.0, ema_halflife_kimg=20.0,
-                          log_kimg=4.0, grid_kimg=64.0, save_kimg=16.0),
-    "cifar10-small": dict(data="cifar10", network="cifar10-small", xflip=True, kimg=512.0, batch=64,
-                          lr=1e-3, lr_rampup_kimg=10.0, ema_halflife_kimg=20.0,
-                          log_kimg=4.0, grid_kimg=64.0, save_kimg=16.0),
+    "digits": dict(SMALL, data="digits", network="digits", kimg=110.0, batch=128,
+                   lr_rampup_kimg=5.0, log_kimg=10.0, grid_kimg=50.0, save_kimg=50.0),
+    "fashion-mnist": dict(SMALL, data="fashion-mnist", network="fashion-mnist", kimg=256.0),
+    "cifar10-small": dict(SMALL, data="cifar10", network="cifar10-small", xflip=True, kimg=512.0),
     "pictures": dict(network="pictures", resolution=64, xflip=True, dropout=0.1, kimg=20_000.0,
                      batch=256, lr=5e-4, lr_rampup_kimg=500.0, ema_halflife_kimg=250.0),
     "cifar10": CIFAR10,
@@ -62,12 +59,6 @@ PRESETS = {
                         beta2=0.99, p_mean=-0.4, p_std=1.0, ema_halflife_kimg=200_000.0,
                         save_kimg=10_000.0, grid_kimg=10_000.0),
 }
-
-
-def arguments():
-    args = training.arguments(__doc__, SETTINGS, PRESETS)
-    args.outdir = args.outdir or f"runs/{args.preset}/pretrain"
-    return args
 
 
 def denoising_loss(net, x, sigma, eps, labels=None):
@@ -108,6 +99,7 @@ def network_config(name, dataset, cond, dropout=None):
 
 def load_init(args, dataset):
     """Stage 2: the `Denoiser` that --init names, checked against the data."""
+    args.init = args.init or f"runs/{args.preset}/pretrain/network.pt"
     if bool(args.network) != (args.init == "random"):
         raise UserError("--init random and --network NAME go together: give both or neither")
     if args.init == "random":
@@ -129,7 +121,7 @@ def load_init(args, dataset):
 
 
 def main():
-    args = arguments()
+    args = training.arguments(__doc__, SETTINGS, PRESETS, "runs/{preset}/pretrain")
     rt = training.start(args.device, args.precision, batch=args.batch, micro_batch=args.micro_batch)
 
     # Data and networks. The same seed on every rank: all start from the same weights.
@@ -145,9 +137,6 @@ def main():
     run.print_start(net.config.architecture, dataset, net)
     batches = data.Batches(dataset, rt, args.seed, run.nimg)
 
-    def objective(*inputs):
-        return [denoising_loss(net, *inputs)]
-
     def write_network():
         checkpoints.save_network(run.dir / "network.pt", ema, nimg=run.nimg, **ema.about)
 
@@ -156,8 +145,9 @@ def main():
         rt.seed(args.seed, run.nimg, "pretrain")
         x, labels = batches.training_batch(args.xflip)
         sigma, eps = (rt.randn() * args.p_std + args.p_mean).exp(), rt.randn(*x.shape[1:])
-        (loss,) = optimizer.step(learning_rate(args, run.nimg + args.batch), objective,
-                                 x, sigma, eps, labels if args.cond else None)
+        (loss,) = optimizer.step(
+            learning_rate(args, run.nimg + args.batch), lambda *part: [denoising_loss(net, *part)],
+            x, sigma, eps, labels if args.cond else None)
         run.add(loss=loss.sum() / x[0].numel())
         run.advance()
         networks.update_ema(ema, net, args.batch, args.ema_halflife_kimg * 1000, run.nimg)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import networks
-from machinery import checkpoints, data, training
+from machinery import checkpoints, data, files, training
 from machinery.training import UserError
 
 DIGITS = str(Path(__file__).parent / "assets" / "digits.pt")
@@ -169,11 +169,8 @@ def latent_decoder(device, vae=VAE, undecoded=False):
             raise UserError(f"{why}; sample.py writes them to a .npz without it") from None
         print(f"{why}: writing the latents instead of images")
         return lambda x: data.denormalise_latents(x).cpu().numpy()
-    try:
+    with files.reading(vae, "a decoder that can be loaded", "give its folder with --vae"):
         model = AutoencoderKL.from_pretrained(vae, use_safetensors=True).to(device).eval()
-    except Exception as error:  # the hub's client raises many kinds
-        raise UserError(f"cannot load the decoder {vae}: {error}; download it and give its folder "
-                        "with --vae") from None
 
     @torch.no_grad()
     def decode(x):  # eight at a time: 64 images of 512x512 need over 50 GB in float32
@@ -213,37 +210,30 @@ SETTINGS = dict(  # {flag: (default, help[, type or choices])}
 )
 
 
-def arguments():
+def main():
     args = training.Parser(__doc__, SETTINGS).parse_args()
-    args.label, suffix = vars(args)["class"], Path(args.out).suffix.lower()
+    label, suffix = vars(args)["class"], Path(args.out).suffix.lower()
     if suffix not in (".png", ".npz") and suffix[1:].isalpha():
         raise UserError(f"--out {args.out}: end it in .png or .npz, or name a folder")
     if (args.candidates > 1) != bool(args.ratio):
         raise UserError("--candidates and --ratio go together: give a ratio.pt and K > 1")
-    return args
-
-
-def main():
-    args = arguments()
     rt = training.start(args.device, args.precision, alone=True)
-    net = checkpoints.load_network(args.network)
+    net = checkpoints.load_network(args.network, role="denoiser" if args.one_step else None)
     role, classes = net.about["role"], net.config.label_dim
     if role == "ratio":
         raise UserError(f"{args.network} is a ratio network; give the network.pt beside it")
-    if args.one_step and role == "generator":
-        raise UserError(f"--one-step is for networks of stage 1; {args.network} holds a generator")
     if args.one_step:  # what stage 2 starts from
         role, net.about = "generator", {**net.about, "role": "generator", "t_init": args.one_step}
     known = {str(label): label for label in ["each", *range(classes)]} if classes else {}
-    if args.label and args.label not in known:
+    if label and label not in known:
         known = f"classes 0 to {classes - 1}" if classes else "no classes"
-        raise UserError(f"--class {args.label}: {args.network} has {known}")
-    label = known.get(args.label)
+        raise UserError(f"--class {label}: {args.network} has {known}")
+    label = known.get(label)
     networks.place(net, rt.device)
     ratio = args.ratio and networks.place(load_ratio(args.ratio, net, args.network), rt.device)
-    latent = net.config.img_channels == 4  # images have 1 or 3
-    npz = args.out.lower().endswith(".npz")
-    decode = latent_decoder(rt.device, args.vae, undecoded=npz) if latent else data.to_uint8
+    decode = data.to_uint8
+    if net.config.img_channels == 4:  # images have 1 or 3
+        decode = latent_decoder(rt.device, args.vae, undecoded=suffix == ".npz")
     how = "one step" if role == "generator" else f"Heun, {args.steps} steps"
     print(f"{args.network}: {how}, {args.n} images")
 
@@ -260,7 +250,7 @@ def main():
             yield decode(x), labels if labels is None else labels.tolist()
 
     with rt.autocast():
-        if args.out.lower().endswith(".png"):
+        if suffix == ".png":
             images = np.concatenate([images for images, _ in batches()])
             columns = classes if label == "each" and classes <= 20 else math.ceil(args.n**0.5)
             data.save_grid(images, args.out, columns, scale=max(1, 32 // images.shape[1]))

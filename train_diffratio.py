@@ -31,8 +31,7 @@ import sample
 from machinery import checkpoints, data, training
 from machinery.training import finite, fraction, not_negative
 
-# -------------------------------------------------------------------------------------------------
-# The method. docs/method.md derives each formula. h = log(p_sigma/q_sigma), data over generator.
+# ---- The method (docs/method.md). h = log(p_sigma/q_sigma), data over generator
 
 # The gradient of D_f(q || p) = E_p[f(u)], u = q / p, is that of E_q[f'(u(x))] with the function u
 # held fixed: it flows through x alone. Each line is f'(u) at u = exp(-h), up to a constant.
@@ -90,12 +89,11 @@ def learning_rate_factor(args, nimg):
     return 0.5 + 0.5 * math.cos(math.pi * min(nimg / (kimg * 1000), 1)) if kimg else 1.0
 
 
-# -------------------------------------------------------------------------------------------------
-# Settings: {flag: (default, help[, type or choices])}, and the presets' own defaults.
+# ---- Settings: {flag: (default, help[, type or choices])}, and the presets' own
 
 SETTINGS = dict(
     divergence=("dijs", "what the generator minimises", list(DIVERGENCES)),
-    init=(None, "stage-1 network, or `random` for random weights, which collapse", str),
+    init=(None, "stage-1 network (default: runs/PRESET/pretrain/network.pt), or `random`", str),
     network=(None, "architecture for --init random", list(networks.NETWORKS)),
     t_init=(2.5, "fixed noise level of the generator (the paper's)"),
     noise=("lognormal", "noise levels at which densities are compared: ln sigma normal, or uniform "
@@ -120,22 +118,17 @@ SETTINGS = dict(
 NATURAL = dict(noise="karras", grid_kimg=200.0)
 CIFAR10 = dict(NATURAL, data="cifar10", xflip=True, kimg=20_000.0, batch=512, lr=1e-4,
                ratio_lr=5e-4, ema_halflife_kimg=500.0)
+# Two ratio steps are nearer on the digits; with one, at 28x28, the ratio network falls behind
+# the generator (docs/method.md, section 7).
+SMALL = dict(batch=64, lr=1e-4, ratio_lr=3e-4, ratio_steps=2, lr_decay_kimg=None,
+             ema_halflife_kimg=20.0, log_kimg=4.0, grid_kimg=32.0, save_kimg=16.0)
 PRESETS = {
-    # Two ratio steps are nearer on the digits; with one, at 28x28, the ratio network falls behind
-    # the generator (docs/method.md, section 7).
-    "digits": dict(data="digits", init="runs/digits/pretrain/network.pt", kimg=50.0, batch=64,
-                   lr=1e-4, ratio_lr=3.5e-4, ratio_steps=2, lr_decay_kimg=None,
-                   ema_halflife_kimg=20.0, log_kimg=5.0, grid_kimg=20.0, save_kimg=20.0),
-    "fashion-mnist": dict(data="fashion-mnist", init="runs/fashion-mnist/pretrain/network.pt",
-                          kimg=448.0, batch=64, lr=1e-4, ratio_lr=3e-4, ratio_steps=2,
-                          lr_decay_kimg=None, ema_halflife_kimg=20.0,
-                          log_kimg=4.0, grid_kimg=32.0, save_kimg=16.0),
-    "cifar10-small": dict(data="cifar10", init="runs/cifar10-small/pretrain/network.pt", xflip=True,
-                          kimg=256.0, batch=64, lr=1e-4, ratio_lr=3e-4, ratio_steps=2,
-                          lr_decay_kimg=None, ema_halflife_kimg=20.0,
-                          log_kimg=4.0, grid_kimg=32.0, save_kimg=16.0),
-    "pictures": dict(NATURAL, init="runs/pictures/pretrain/network.pt", resolution=64, xflip=True,
-                     kimg=5_000.0, batch=256, lr=5e-5, ratio_lr=2.5e-4, ema_halflife_kimg=250.0),
+    "digits": dict(SMALL, data="digits", kimg=50.0, ratio_lr=3.5e-4,
+                   log_kimg=5.0, grid_kimg=20.0, save_kimg=20.0),
+    "fashion-mnist": dict(SMALL, data="fashion-mnist", kimg=448.0),
+    "cifar10-small": dict(SMALL, data="cifar10", xflip=True, kimg=256.0),
+    "pictures": dict(NATURAL, resolution=64, xflip=True, kimg=5_000.0, batch=256, lr=5e-5,
+                     ratio_lr=2.5e-4, ema_halflife_kimg=250.0),
     "cifar10": dict(CIFAR10, init="edm-cifar10-32x32-uncond-vp.pkl"),
     "cifar10-cond": dict(CIFAR10, init="edm-cifar10-32x32-cond-vp.pkl"),
     "imagenet64": dict(NATURAL, data="imagenet-64x64.zip", init="edm-imagenet-64x64-cond-adm.pkl",
@@ -147,9 +140,8 @@ PRESETS = {
 
 
 def arguments():
-    args = training.arguments(__doc__, SETTINGS | fid.SETTINGS, PRESETS)
-    args.outdir = args.outdir or f"runs/{args.preset}/{args.divergence}"
-    return args
+    outdir = "runs/{preset}/{divergence}"
+    return training.arguments(__doc__, SETTINGS | fid.SETTINGS, PRESETS, outdir)
 
 
 def main():

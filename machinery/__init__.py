@@ -14,8 +14,9 @@ def _leave(number, frame):
     os._exit(128 + number)
 
 
+# Windows has no SIGHUP; nohup ignores it.
+_numbers = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
+SIGNALS = [n for n in _numbers if n and signal.getsignal(n) is not signal.SIG_IGN]
 if os.path.basename(sys.argv[0]) in ("pretrain.py", "train_diffratio.py", "sample.py", "fid.py"):
-    for _name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        _number = getattr(signal, _name, None)  # Windows has no SIGHUP
-        if _number and signal.getsignal(_number) is not signal.SIG_IGN:
-            signal.signal(_number, _leave)
+    for _number in SIGNALS:
+        signal.signal(_number, _leave)

@@ -92,10 +92,9 @@ class Dataset:
 
     def describe(self):
         """Name, size, classes and a hash of up to 1000 images: what a run must be resumed with."""
-        some = self.images[:: -(-len(self) // 1000)]
-        digest = hashlib.sha256(np.ascontiguousarray(some).data.cast("B")).hexdigest()[:8]
+        some = Dataset(self.name, self.images[:: -(-len(self) // 1000)]).fingerprint()[:8]
         name = Path(self.name).name  # the folder may move
-        return f"{name} ({len(self)} images, {self.label_dim} classes, content {digest})"
+        return f"{name} ({len(self)} images, {self.label_dim} classes, content {some})"
 
     def batch(self, indices):
         """(raw images [n, ...], labels int64 [n] or None) at `indices`, on the CPU."""
@@ -179,7 +178,7 @@ class Batches:
         return raw, labels
 
 
-# ---- Reading: images, and a function that returns (labels, names of classes) --
+# ---- Reading: images, and a function that returns (labels, names of classes)
 
 
 def load(spec, cache=None, resolution=None):
@@ -435,7 +434,7 @@ def _read_labels(names, files, read):
         return np.array([labels[name] for name in images]), None
 
 
-# ---- Writing -----------------------------------------------------------------
+# ---- Writing
 
 
 def save_grid(images, path, columns, scale=1, padding=2):

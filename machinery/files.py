@@ -77,13 +77,6 @@ def flush(path):
         os.fsync(file.fileno())
 
 
-def remove_parts(folder):
-    """Remove what killed processes left half-written. Call only while holding the folder's lock."""
-    for part in folder.glob(".*.part"):
-        shutil.rmtree(part, ignore_errors=True)
-        part.unlink(missing_ok=True)
-
-
 def lock(path, what):
     """Lock the file `path` until the returned file is closed; `UserError` if another process has.
 
@@ -100,6 +93,9 @@ def lock(path, what):
                         "or choose another folder") from None
     except (ImportError, OSError):
         return None
+    for part in path.parent.glob(".*.part"):  # what killed processes left half-written
+        shutil.rmtree(part, ignore_errors=True)
+        part.unlink(missing_ok=True)
     file.truncate(0)
     print(os.getpid(), "on", socket.gethostname(), end="", file=file, flush=True)
     return file

@@ -19,11 +19,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import networks
-from machinery import files
+from machinery import SIGNALS, files
 from machinery.files import UserError
 
-# -------------------------------------------------------------------------------------------------
-# The end of a process.
+# ---- The end of a process
 
 _at_end = contextlib.ExitStack()  # closed when a script ends: the lock of its folder, its handlers
 _signals = argparse.Namespace(in_step=False, number=0, time=0.0)  # first signal of the step
@@ -36,10 +35,8 @@ class Stopped(BaseException):
 def run(main):
     """Call `main()`. Bad input: one line, exit code 2. After signal n the exit code is 128 + n."""
     try:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-                _at_end.callback(signal.signal, number, signal.signal(number, _on_signal))
+        for number in SIGNALS:
+            _at_end.callback(signal.signal, number, signal.signal(number, _on_signal))
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -98,8 +95,7 @@ def _end(message, code=2, patience=1):
     os._exit(code)  # the shutdown of NCCL and of Python can wait for ranks that are gone
 
 
-# -------------------------------------------------------------------------------------------------
-# Device, ranks, precision, randomness.
+# ---- Device, ranks, precision, randomness
 
 
 def seed_of(*key):
@@ -125,16 +121,13 @@ class Runtime:
     micro_batch: int = None  # images on the device at once; default: this rank's share
 
     def __post_init__(self):
+        self.is_main = self.rank == 0
         self.share, rest = divmod(self.batch, self.world_size)
         if rest:
             raise UserError(f"--batch must be a multiple of the number of ranks, {self.world_size}")
         self.micro_batch = min(self.micro_batch or self.share, self.share)
         if self.share % self.micro_batch:
             raise UserError(f"--micro-batch must divide the {self.share} images of each rank")
-
-    @property
-    def is_main(self):
-        return self.rank == 0
 
     def autocast(self):
         """Context in which matrix products and convolutions run in the chosen precision."""
@@ -205,13 +198,12 @@ def start(device="auto", precision="fp32", alone=False, batch=None, micro_batch=
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     if alone and world_size > 1:
         raise UserError("this script runs on one rank; start it with python, without torchrun")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if local_rank >= (count := torch.cuda.device_count()):
-            raise UserError(f"more ranks than GPUs: lower --nproc-per-node to {count}")
+            raise UserError(f"this PyTorch sees {count} CUDA devices; lower --nproc-per-node or "
+                            "use --device cpu")
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False
@@ -275,8 +267,7 @@ class Optimizer:
                 moments[key] = torch.empty_like(p).copy_(moments[key])
 
 
-# -------------------------------------------------------------------------------------------------
-# Command line.
+# ---- Command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -290,11 +281,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=plain, allow_abbrev=False)
         for flag, (default, text, *kind) in settings.items():
             kind = kind[0] if kind else type(default)
-            how = {"type": positive(kind) if kind in (int, float) else kind, "metavar": "X"}
             if kind is bool:
                 how = {"action": argparse.BooleanOptionalAction}
             elif isinstance(kind, list):
                 how = {"choices": kind}
+            else:
+                how = {"type": POSITIVE.get(kind, kind), "metavar": "X"}
             how["help"] = text if "default" in text else text + " (default: %(default)s)"
             self.add_argument(f"--{flag.replace('_', '-')}", default=default, **how)
 
@@ -314,11 +306,7 @@ def number(name, kind, low, high=math.inf):
     return parse
 
 
-def positive(kind):
-    """An argparse type: a number of this kind above zero."""
-    return number(f"positive {kind.__name__}", kind, 1 if kind is int else 5e-324)
-
-
+POSITIVE = {int: number("positive int", int, 1), float: number("positive float", float, 5e-324)}
 finite = number("finite number", float, -sys.float_info.max)
 not_negative = number("non-negative number", float, 0)
 fraction = number("number in [0, 1)", float, 0, 1)
@@ -346,10 +334,10 @@ SHARED_SETTINGS = dict(
 )
 
 
-def arguments(doc, settings, presets):
+def arguments(doc, settings, presets, outdir=""):
     """Parse the command line of a training script; every other flag overrides the preset's.
 
-    presets: {name: {flag: default}}, the default one first.
+    presets: {name: {flag: default}}, the default one first. outdir: with names of flags in {}.
     """
     parser, first = Parser(doc, settings | SHARED_SETTINGS), next(iter(presets))
     parser.add_argument("--preset", choices=list(presets), default=first, help="sets the defaults")
@@ -359,17 +347,17 @@ def arguments(doc, settings, presets):
     args = parser.parse_args()
     if args.data is None:
         parser.error(f"--preset {args.preset} needs --data: a folder or a zip of images")
+    args.outdir = args.outdir or outdir.format(**vars(args))
     return args
 
 
-# -------------------------------------------------------------------------------------------------
-# A training run.
+# ---- A training run
 
 FREE_FLAGS = {  # may change when a run resumes; of these only kimg affects it, by the rates' decay
     "preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg",
     "save_kimg", "fid_every", "fid_images", "fid_reference", "fid_features", "inception",
 }
-FORMAT = 3  # of checkpoint.pt
+FORMAT = 4  # of checkpoint.pt
 
 
 class Run:
@@ -392,7 +380,6 @@ class Run:
         self.path, self.log_path = self.dir / "checkpoint.pt", self.dir / "log.jsonl"
         if rt.is_main and (locked := files.lock(self.dir / ".lock", self.dir)):
             _at_end.enter_context(locked)
-            files.remove_parts(self.dir)
         if self.path.exists():
             state = files.load_checkpoint(self.path, mmap=True)  # the ranks share its memory
             with files.reading(self.path, "a checkpoint of such a run", "choose another --outdir"):
@@ -459,8 +446,7 @@ class Run:
         """Whether the last step crossed a multiple of `kimg` thousand images, or ended the run."""
         if not kimg or not self.nimg:
             return False
-        before, now = ((nimg // (kimg * 1000)) for nimg in (self.nimg - self.rt.batch, self.nimg))
-        return now > before or self.nimg >= self.total_nimg
+        return self.nimg % (kimg * 1000) < self.rt.batch or self.nimg >= self.total_nimg
 
     def add(self, **values):
         """Add tensors to the sums of the next log line. They stay on the device: nothing waits."""
@@ -542,8 +528,7 @@ class Run:
             self.rt.print(f"{self.stage} is done: {self.dir / 'network.pt'}")
 
 
-# -------------------------------------------------------------------------------------------------
-# The log of stage 2.
+# ---- The log of stage 2
 
 BANDS = (0.1, 0.3, 1.0, 3.0)  # edges of the noise-level bands in the log
 
