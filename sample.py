@@ -146,7 +146,7 @@ def choose(net, ratio, indices, seed, device, candidates, sigma, label=None, ste
 
 def preview(net, run, seed):
     """Write a grid of up to 64 samples while training; of latents, three channels as RGB."""
-    n = min(64, run.nimg // 100)
+    n = min(64, run.nimg // 100)  # few in a short trial
     if not n or not run.rt.is_main:
         return
     z, labels = inputs(net, range(n), seed, run.rt.device)
