@@ -41,7 +41,7 @@ CIFAR10 = dict(data="cifar10", network="cifar10", xflip=True, kimg=200_000.0, ba
 SMALL = dict(batch=64, lr=1e-3, lr_rampup_kimg=10.0, ema_halflife_kimg=20.0,
              log_kimg=4.0, grid_kimg=64.0, save_kimg=16.0)
 PRESETS = {
-    "digits": dict(SMALL, data="digits", network="digits", kimg=110.0, batch=128,
+    "digits": dict(SMALL, data="digits", network="digits", kimg=100.0, batch=128,
                    lr_rampup_kimg=5.0, log_kimg=10.0, grid_kimg=50.0, save_kimg=50.0),
     "fashion-mnist": dict(SMALL, data="fashion-mnist", network="fashion-mnist", kimg=256.0),
     "cifar10-small": dict(SMALL, data="cifar10", network="cifar10-small", xflip=True, kimg=512.0),

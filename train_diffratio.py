@@ -123,7 +123,7 @@ CIFAR10 = dict(data="cifar10", xflip=True, kimg=20_000.0, batch=512, lr=1e-4, ra
 SMALL = dict(batch=64, lr=1e-4, ratio_lr=3e-4, ratio_steps=2, lr_decay_kimg=None,
              ema_halflife_kimg=20.0, log_kimg=4.0, grid_kimg=32.0, save_kimg=16.0)
 PRESETS = {
-    "digits": dict(SMALL, data="digits", kimg=40.0, ratio_lr=3.5e-4,
+    "digits": dict(SMALL, data="digits", kimg=30.0, batch=32, ratio_lr=3.5e-4,
                    log_kimg=5.0, grid_kimg=20.0, save_kimg=20.0),
     "fashion-mnist": dict(SMALL, data="fashion-mnist", kimg=448.0),
     "cifar10-small": dict(SMALL, data="cifar10", xflip=True, kimg=256.0),
