@@ -17,9 +17,7 @@ demo: .venv/ready
 	$(PY) exercises/demo.py --pretrained $(OUT)/pretrain/network.pt --generator $(OUT)/dijs/network.pt --outdir $(OUT) --seed $(SEED)
 
 test: .venv/ready  # in two processes of one thread each, which is faster than one process of two
-	@$(MAKE) --no-print-directory -j2 test-runs test-others
-
-test-%: export OMP_NUM_THREADS ?= 1
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(MAKE) --no-print-directory -j2 test-runs test-others
 
 test-runs:
 	$(PY) -m pytest -q $(RUNS)

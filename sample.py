@@ -78,8 +78,7 @@ def random_state(*key):
     """A NumPy generator whose stream depends on `key` alone, on 128 bits of its hash.
 
     PyTorch's CPU generator takes 32 bits of a seed: with a chance of 1/4 two of 50,000 images
-    would have the same noise.
-    The streams of RandomState never change (NEP 19).
+    would have the same noise. The streams of RandomState never change (NEP 19).
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return np.random.RandomState(np.random.Philox(key=int.from_bytes(digest[:16], "big")))

@@ -11,7 +11,7 @@ EDM or EDM2 pickle). Writes into --outdir network.pt (the averaged generator), r
 checkpoint, a log and sample grids. The same command again resumes the run.
 
     python train_diffratio.py                                  after python pretrain.py
-    python train_diffratio.py --divergence dikl                or dijs, dirm, fkl
+    torchrun train_diffratio.py --divergence dijs              or dikl, dirm, fkl
     torchrun --nproc-per-node 8 train_diffratio.py --preset cifar10
 """
 
@@ -93,7 +93,7 @@ def learning_rate_factor(args, nimg):
 
 SETTINGS = dict(
     divergence=("dijs", "what the generator minimises", list(DIVERGENCES)),
-    init=(None, "stage-1 network (default: runs/PRESET/pretrain/network.pt), or `random`", str),
+    init=(None, "stage-1 network, or `random`; None: runs/PRESET/pretrain/network.pt", str),
     network=(None, "architecture for --init random", list(networks.NETWORKS)),
     t_init=(2.5, "fixed noise level of the generator (the paper's)"),
     noise=("lognormal", "noise levels at which densities are compared: ln sigma normal, or uniform "
@@ -104,8 +104,8 @@ SETTINGS = dict(
     noise_weight=("none", "weight of the generator's loss over noise levels", list(NOISE_WEIGHTS)),
     lr=(None, "learning rate of the generator (Adam)", float),
     ratio_lr=(None, "learning rate of the ratio network (Adam)", float),
-    lr_decay_kimg=(0.0, "cosine decay of both rates to 0 over so many thousand images; 0: constant "
-                   "(default of the small presets: the whole run)", not_negative),
+    lr_decay_kimg=(0.0, "cosine decay of both rates to 0 over so many thousand images; 0: constant;"
+                   " None: over the whole run", not_negative),
     beta1=(0.0, "Adam's beta1 of both networks (the paper's); 0.9 collapses", fraction),
     beta2=(0.999, "Adam's beta2 of both networks", fraction),
     ema_halflife_kimg=(2000.0, "half-life of the averaged generator, thousands of images"),
@@ -118,8 +118,8 @@ SETTINGS = dict(
 # follows related methods and was not run at length (docs/large-scale.md).
 CIFAR10 = dict(data="cifar10", xflip=True, kimg=20_000.0, batch=512, lr=1e-4, ratio_lr=5e-4,
                ema_halflife_kimg=500.0, grid_kimg=200.0)
-# Two ratio steps are nearer on the digits; with one, at 28x28, the ratio network falls behind
-# the generator (docs/method.md, section 7).
+# With one ratio step at 28x28 the ratio network falls behind the generator (docs/method.md,
+# section 7); on the digits two are nearer at equal images.
 SMALL = dict(batch=64, lr=1e-4, ratio_lr=3e-4, ratio_steps=2, lr_decay_kimg=None,
              ema_halflife_kimg=20.0, log_kimg=4.0, grid_kimg=32.0, save_kimg=16.0)
 PRESETS = {

@@ -458,7 +458,7 @@ def main():
     page = Page(args.out)
     page.line(f"{hardware(rt.device)}; PyTorch {torch.__version__}, Python {platform.python_version()}; {datetime.date.today()}")
     if not on_gpu:
-        page.line(f"\nOn the CPU: what fits into {minutes:g} minutes. Training and compiled networks are not run.")
+        page.line(f"\nOn the CPU: what fits into {minutes:g} minutes. Training and compiled networks run only if --parts names them.")
     for name in args.parts or (PARTS if on_gpu else PARTS[:2]):
         if name == "correctness":
             correctness(page, rt, quarter)

@@ -9,6 +9,7 @@ data with it. Compare distances of equal numbers of images only. None is an FID,
     python exercises/measure.py fashion-mnist "one step=seed-0.npz" "one step=seed-1.npz"     mean and deviation of two seeds
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -174,6 +175,8 @@ def main():
     for text in args.samples:
         if "=" not in text:
             parser.error(f"{text}: give NAME=FILE")
+    if args.data.endswith(":test"):
+        parser.error(f"{args.data}: give the name of the data set; its test images are the reference")
     measures = Measures(args.data, args.pretrained, args.test, training.start(args.device, alone=True))
     samples = [(name, data.load(path)) for name, path in (text.rsplit("=", 1) for text in args.samples)]
     for view in measures.views.values():
@@ -183,6 +186,9 @@ def main():
     for name, dataset in samples:
         shown.setdefault(name, dataset.images)
         rows.setdefault(name, []).append(measures(dataset.images, dataset.labels))
+    if all(dataset.labels is None for _, dataset in samples):
+        for row in itertools.chain(*rows.values()):  # the data's accuracy stands beside that of samples only
+            row.pop("accuracy", None)
     print(table(rows))
     if args.picture:
         demo.save_panels(shown.values(), args.picture)

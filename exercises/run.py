@@ -196,10 +196,12 @@ def calibration(folder, dataset, seed):
     return {"0.1": verifier.calibration(*both)}
 
 
-def measured(folder, measures, seed):
+def measured(folder, flags, measures, seed):
     """The measures of a finished run."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [line for line in log if "images_per_second" in line]
+    if abs(steps[-1]["nimg"] / 1000 - kimg_of(flags)) > 0.1:  # the loop of --mine may end early
+        raise UserError(f"{folder} is a run of {steps[-1]['nimg'] / 1000:g} instead of {kimg_of(flags):g} kimg; remove it")
     net = checkpoints.load_network(folder / "network.pt", role="generator")
     images = np.concatenate([data.to_uint8(x) for x, _ in sample.in_batches(net, range(SAMPLES), seed, "cpu", 300)])
     line = dict(measures(images), curve=[[line["nimg"], line["fid"]] for line in log if "fid" in line])
@@ -307,7 +309,10 @@ def draw(exercise, path, picture):
     figure = plt.figure(figsize=(11, 4.2), dpi=110, layout="constrained")
     left, right = figure.subfigures(1, 2)
     axes = left.subplots()
-    seconds = dict(DiffRatio=1.53, VSD=2.68, SiD=3.42) if exercise == "teacher" else {}  # per thousand images, as on the page
+    seconds = {}
+    if exercise == "teacher":  # per thousand images, measured side by side
+        costs = {row["method"]: 1000 * row["seconds_per_image"] for row in measure.json_lines(REFERENCE.with_name("teacher-cost.jsonl"))}
+        seconds = {name: costs[name.lower()] for name in rows}
     for i, (name, row) in enumerate(rows.items()):
         if seeds := [line["curve"] for line in runs.get(run_name(*row), [])]:
             x, values = np.array(seeds[0])[:, 0] / 1000 * seconds.get(name, 1), np.array(seeds)[:, :, 1]
@@ -444,7 +449,7 @@ def run_all(args, rows):
             train(folder, flags, names, seed)
             measures = measures or measure.Measures("digits", WORK / STAGE1)
             line = dict(run=run, seed=seed, hash=now_hash, exercise=exercise, flags=flags, folder=str(folder.relative_to(WORK)),
-                        **measured(folder, measures, seed), time=now(), seconds=round(time.monotonic() - start), **own)
+                        **measured(folder, flags, measures, seed), time=now(), seconds=round(time.monotonic() - start), **own)
             measure.add_lines(args.results, line)
             print(f"--- {name}, seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
 

@@ -4,13 +4,14 @@
 level: a blind choice (h = 0), the ratio network of the training, and the same trained on against the frozen averaged generator,
 with 80 % of the data. A last tenth judges (of Fashion-MNIST the test set). The generator of the digits has seen all of them.
 
-    python exercises/verifier.py --seeds 3                   the digits, with the networks of assets/ and runs/digits/pretrain
+    python exercises/verifier.py --seeds 3                   the digits, with the networks of assets/
     python exercises/verifier.py --network "mine/{seed}/network.pt" --ratio "mine/{seed}/ratio.pt" --results mine.jsonl
     python exercises/verifier.py --data fashion-mnist --seeds 3 --recipes blind "as trained"      without any training
 
 Adds lines of JSON to --results. A recipe that has its lines there is not measured again: without --results none is.
 """
 
+import argparse
 import copy
 import functools
 
@@ -54,7 +55,7 @@ def logits(ratio, images, sigma, seed):
     return torch.stack([torch.cat(column) for column in columns], dim=1)
 
 
-def train_on(ratio, real, fake, steps, seed):
+def train_on(ratio, real, fake, steps, settings, seed):
     """A copy of `ratio`, trained further to tell images `real` from samples `fake` [n, C, H, W] of a frozen generator."""
     ratio, shape = copy.deepcopy(ratio).train().requires_grad_(True), real.shape[1:]
     rt = training.Runtime(torch.device("cpu"), batch=BATCH)
@@ -62,7 +63,7 @@ def train_on(ratio, real, fake, steps, seed):
     for step in range(1, steps + 1):
         rt.seed(seed, step, "verifier")
         a, b = (images[(rt.rand() * len(images)).long()] for images in (real, fake))
-        sigma = (rt.randn() * 1.2 - 1.2).exp()  # as in stage 2
+        sigma = train_diffratio.noise_levels(settings, rt)
         optimizer.step(LR, objective, a, b, sigma, rt.randn(*shape), rt.randn(*shape))
     return ratio.eval()
 
@@ -121,8 +122,10 @@ def sweep(args, seed, path, ratio_path, shared, recipes):
     known, new = (source.to_model(source.batch(part)[0], "cpu") for source, part in ((dataset, train), judges))
     nets = {"blind": networks.RatioNetwork(ratio.config).eval(), "as trained": ratio}  # the head of the first is still zero
     if "trained on" in recipes:
+        defaults = {name: setting[0] for name, setting in train_diffratio.SETTINGS.items()}
+        noise = argparse.Namespace(**defaults | train_diffratio.PRESETS[args.data])
         fake = draw_candidates(net, range(10**6, 10**6 + own["pool"]), seed, 1)[:, 0]
-        nets["trained on"] = train_on(ratio, known, fake, own["steps"], seed)
+        nets["trained on"] = train_on(ratio, known, fake, own["steps"], noise, seed)
 
     candidates = draw_candidates(net, range(args.samples), seed, max(CANDIDATES))
     columns = [data.to_uint8(candidates[:, k]) for k in range(max(CANDIDATES))]

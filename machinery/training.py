@@ -562,7 +562,7 @@ def stage2_line(sums, images):
     """
     names = [f"<{BANDS[0]}", *(f"{a}-{b}" for a, b in zip(BANDS, BANDS[1:])), f">{BANDS[-1]}"]
     bands = {}
-    shares = (sums["gradient"][0] / sums["gradient"].sum().clamp(min=1e-300)).tolist()
+    shares = (sums["gradient"][0] / sums["gradient"].sum()).nan_to_num(0).tolist()
     for name, share, (n, *values) in zip(names, shares, sums["bands"].T.tolist()):
         if n:
             right, loss, h, h2 = (value / n for value in values)

@@ -85,6 +85,7 @@ def test_digits_are_embedded_a_folder_of_that_name_is_pointed_out(tmp_path, monk
     assert digits.images.max() == 255 and len(np.unique(digits.images)) == 17
     assert digits.class_frequencies() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert digits.classes is None and "test set" in error_of("digits:test")
+    assert error_of("set").startswith("set: no such file or data set")
     make(tmp_path / "digits", {"0.png": png(RGB[0])})
     monkeypatch.chdir(tmp_path)
     assert len(data.load("digits")) == 1797 and "./digits" in capsys.readouterr().err

@@ -156,7 +156,7 @@ def brief(work, measures, monkeypatch):
     return work / "runs.jsonl"
 
 
-def test_results_are_not_measured_twice_and_the_table_shows_mean_and_spread(brief, call, capsys, monkeypatch):
+def test_results_are_not_measured_twice_and_the_table_shows_mean_and_spread(brief, call, capsys, monkeypatch, measures):
     args = ["--seeds", "2", "--rows", "1 ratio step", "rate 1e-3", "--results", brief]
     call(run, "8", *args)
     found = run.results(brief)
@@ -173,6 +173,8 @@ def test_results_are_not_measured_twice_and_the_table_shows_mean_and_spread(brie
         call(run, "ratio", *args)
         call(run, "5", "--table", "--rows", "ratio step, then the same z", "--results", brief)
         assert brief.read_text() == lines and "ratio step, then the same z" in capsys.readouterr().out
+    with pytest.raises(UserError, match="0.064 instead of 24 kimg"):
+        run.measured(run.folder_of("", (), 0, brief), "--kimg 24", measures, 0)
 
 
 def test_other_scripts_are_another_run_and_seeds_are_those_asked_for(brief, call, capsys, monkeypatch):

@@ -383,7 +383,8 @@ test_fid.training.run(lambda: None)
 @pytest.mark.parametrize("samples, reference, message", [
     (pictures(4, 16, 1), None, r"mine: images .*\[16, 16, 1\], but .* has \[8, 8, 1\]"),
     (pictures(4, 8, 1), dict(arr_0=pictures(4, 16, 1)), r"reference.npz: images .*\[16, 16, 1\]"),
-    (np.zeros((4, 8, 1, 1), np.float32), dict(arr_0=pictures(4, 8, 1)), r"generator: .*\[8, 8, 3\]"),
+    *[(np.zeros((4, 8, 1, 1), np.float32), dict(arr_0=pictures(4, size, 1)), r"generator: .*\[8, 8, 3\]")
+      for size in (8, 16)],  # the reference of latents is cropped to the size that they decode to
     (pictures(4, 8, 1), dict(mu=np.zeros(2048), sigma=np.eye(2048)), "from one network"),
     (np.zeros((4, 8, 1, 1), np.float32), None, "no latents"),
 ])

@@ -369,6 +369,14 @@ def test_a_run_does_not_continue_on_other_data_of_the_same_name(call, refused, t
     assert "8 images, 0 classes, content" in refused(pretrain, *args)
 
 
+def test_a_run_continues_when_its_data_has_moved(call, tmp_path):
+    for folder, kimg in (("here", "0.032"), ("there", "0.064")):
+        (tmp_path / folder).mkdir()
+        np.savez(tmp_path / folder / "data.npz", images=np.full((8, 8, 8, 1), 90, np.uint8))
+        call(pretrain, *SHORT, "--data", tmp_path / folder / "data.npz", "--outdir", tmp_path / "run", "--kimg", kimg)
+    assert [json.loads(line)["nimg"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()] == [32, 64]
+
+
 def test_divergence_of_the_loss_leaves_the_last_checkpoint(call, refused, tmp_path):
     args = [*SHORT, "--outdir", tmp_path, "--lr", "1e30", "--lr-rampup-kimg", "0"]
     call(pretrain, *args, "--kimg", "0.032")
@@ -411,6 +419,7 @@ def test_batches_that_do_not_divide(refused, tmp_path):
     (pretrain, ["--kimg", "-1"]), (pretrain, ["--batch", "0"]), (pretrain, ["--lr", "nan"]), (pretrain, ["--preset", "imagenet"]),
     (pretrain, ["--lr-rampup-kimg", "-1"]), (pretrain, ["--lr-decay-batches", "inf"]), (pretrain, ["--p-mean", "nan"]),
     (train_diffratio, ["--lr-decay-kimg", "-1"]), (train_diffratio, ["--fid-images", "1"]), (train_diffratio, ["--ratio-width", "8"]),
+    (train_diffratio, ["--network", "digits"]),
 ])  # fmt: skip
 def test_nonsense_flags_are_refused(refused, tmp_path, script, flags):
     assert flags[0] in refused(script, f"{flags[0]}={flags[1]}", "--outdir", tmp_path / "x") and not (tmp_path / "x").exists()
