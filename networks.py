@@ -120,8 +120,7 @@ def attention(qkv, heads, transform=lambda x: x):
     EDM2's `transform` normalises [3, N, H W, heads, C / heads] over the last dimension.
     """
     n, c, h, w = qkv.shape
-    # The copy puts the channels of a head side by side. Without it the fused kernels cannot be
-    # used, and the full [H W, H W] matrix is computed and kept.
+    # The fused kernels need the copy. Without it the full [H W, H W] matrix is computed and kept.
     qkv = qkv.reshape(n, heads, -1, 3, h * w).permute(3, 0, 4, 1, 2).contiguous()
     q, k, v = transform(qkv).transpose(2, 3)  # each [N, heads, H W, C / heads]
     return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, c // 3, h, w)
@@ -554,11 +553,7 @@ class RatioNetwork(nn.Module):
 
 
 def memory_format(config, device_type, compiled=False):
-    """The memory format in which a network of this configuration is fastest.
-
-    Channels-last, except with GroupNorm on GPUs: that kernel takes only NCHW, so each norm would
-    copy activations. EDM2 has no norms; the compiler writes its own.
-    """
+    """Channels-last is faster, except with GroupNorm on GPUs: that kernel takes only NCHW."""
     channels_last = compiled or device_type == "cpu" or config.architecture == "edm2"
     return torch.channels_last if channels_last else torch.contiguous_format
 

@@ -86,25 +86,20 @@ def learning_rate(args, nimg):
     return lr
 
 
-def network_config(name, dataset, cond, dropout=None):
-    """The named configuration, with the resolution, channels and classes of the data."""
-    if cond:
+def network_config(args, dataset):
+    """The configuration --network, with the resolution, channels and classes of the data."""
+    if args.cond:
         dataset.require_labels()
-    config = networks.NETWORKS[name]
+    config = networks.NETWORKS[args.network]
     return dataclasses.replace(
         config, img_resolution=dataset.resolution, img_channels=dataset.channels,
-        label_dim=dataset.label_dim if cond else 0,
-        dropout=config.dropout if dropout is None else dropout)
+        label_dim=dataset.label_dim if args.cond else 0,
+        dropout=config.dropout if args.dropout is None else args.dropout)
 
 
 def load_init(args, dataset):
     """Stage 2: the `Denoiser` that --init names, checked against the data."""
     args.init = args.init or f"runs/{args.preset}/pretrain/network.pt"
-    if bool(args.network) != (args.init == "random"):
-        raise UserError("--init random and --network NAME go together: give both or neither")
-    if args.init == "random":
-        cond = networks.NETWORKS[args.network].label_dim > 0
-        return networks.Denoiser(network_config(args.network, dataset, cond))
     if not Path(args.init).exists():
         raise UserError(f"{args.init} is missing; run `python pretrain.py --preset {args.preset}` "
                         "first, or give --init a network of stage 1 or a published checkpoint")
@@ -127,7 +122,7 @@ def main():
     # Data and networks. The same seed on every rank: all start from the same weights.
     dataset = rt.main_first(lambda: data.load(args.data, resolution=args.resolution))
     torch.manual_seed(args.seed)
-    net = networks.Denoiser(network_config(args.network, dataset, args.cond, args.dropout)).train()
+    net = networks.Denoiser(network_config(args, dataset)).train()
     networks.place(net, rt.device, args.compile)
     optimizer = training.Optimizer(net, rt, (0.9, args.beta2))
     ema = copy.deepcopy(net).eval().requires_grad_(False)

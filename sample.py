@@ -42,12 +42,9 @@ def sigma_steps(steps):
 
 @torch.no_grad()
 def heun(net, z, labels=None, steps=18):
-    """Heun's method for the probability flow ODE; EDM, Algorithm 1; 2 * steps - 1 evaluations.
-
-    z [N, C, H, W] standard normal -> images [N, C, H, W] float32. The state is float64, as in EDM.
-    """
+    """Heun's method for the probability flow ODE: z [N, C, H, W] -> images; EDM, Algorithm 1."""
     sigmas = sigma_steps(steps).tolist()
-    x = z.double() * sigmas[0]
+    x = z.double() * sigmas[0]  # float64, as in EDM
 
     def slope(x, sigma):  # dx/dsigma of the probability flow
         return (x - net(x.float(), x.new_full((len(x),), sigma).float(), labels).double()) / sigma
@@ -75,10 +72,9 @@ def generate(net, z, labels=None, steps=18):
 
 
 def random_state(*key):
-    """A NumPy generator whose stream depends on `key` alone, on 128 bits of its hash.
+    """A NumPy generator whose stream depends on `key` alone and never changes (NEP 19).
 
-    PyTorch's CPU generator takes 32 bits of a seed: with a chance of 1/4 two of 50,000 images
-    would have the same noise. The streams of RandomState never change (NEP 19).
+    PyTorch's CPU generator takes 32 bits of a seed: two of 50,000 images may share their noise.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return np.random.RandomState(np.random.Philox(key=int.from_bytes(digest[:16], "big")))
@@ -115,10 +111,7 @@ def in_batches(net, indices, seed, device, batch, label=None, steps=18):
 
 
 def pick(h, indices, seed):
-    """Keep one of K candidates with probability proportional to exp(h), h [n, K].
-
-    Returns its number [n] and the effective sample size of the weights [n], from 1 to K.
-    """
+    """Draw one of K candidates with weights exp(h), h [n, K]: its number, effective size [n]."""
     weights = h.double().softmax(dim=1)
     draws = [random_state(seed, i, "choice").random_sample() for i in indices]
     kept = torch.searchsorted(weights.cumsum(dim=1), weights.new_tensor(draws)[:, None])[:, 0]
@@ -155,19 +148,13 @@ def preview(net, run, seed):
     data.save_grid(images, path, columns=8, scale=max(1, 32 // net.config.img_resolution))
 
 
-def latent_decoder(device, vae=VAE, undecoded=False):
-    """Function from latents [n, 4, h, w] as networks see them to uint8 images [n, 8h, 8w, 3].
-
-    undecoded: without diffusers it returns the VAE's latents, float32 [n, 4, h, w], and says so.
-    """
+def latent_decoder(device, vae=VAE):
+    """Function from latents [n, 4, h, w] as networks see them to uint8 images [n, 8h, 8w, 3]."""
     try:
         from diffusers import AutoencoderKL
     except ImportError:
-        why = "latents are decoded with diffusers, which is missing (`pip install diffusers`)"
-        if not undecoded:
-            raise UserError(f"{why}; sample.py writes them to a .npz without it") from None
-        print(f"{why}: writing the latents instead of images")
-        return lambda x: data.denormalise_latents(x).cpu().numpy()
+        raise UserError("latents are decoded with diffusers, which is missing; "
+                        "`pip install diffusers`") from None
     with files.reading(vae, "a decoder that can be loaded", "give its folder with --vae"):
         model = AutoencoderKL.from_pretrained(vae, use_safetensors=True).to(device).eval()
 
@@ -230,9 +217,8 @@ def main():
     label = known.get(label)
     networks.place(net, rt.device)
     ratio = args.ratio and networks.place(load_ratio(args.ratio, net, args.network), rt.device)
-    decode = data.to_uint8
-    if net.config.img_channels == 4:  # images have 1 or 3
-        decode = latent_decoder(rt.device, args.vae, undecoded=suffix == ".npz")
+    is_latent = net.config.img_channels == 4  # images have 1 or 3
+    decode = latent_decoder(rt.device, args.vae) if is_latent else data.to_uint8
     how = "one step" if role == "generator" else f"Heun, {args.steps} steps"
     print(f"{args.network}: {how}, {args.n} images")
 

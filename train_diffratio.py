@@ -44,10 +44,7 @@ DIVERGENCES = {
 
 
 def noise_levels(args, rt):
-    """Noise levels sigma [N] at which p and q are compared, for both networks.
-
-    rt.randn() and rt.rand() give one number for each of this rank's N images.
-    """
+    """Noise levels sigma [N] of both networks; rt.randn() and rt.rand() are [N], too."""
     if args.noise == "karras":  # uniform in the index of EDM's schedule (Equation 5), as SiD
         return sample.karras_sigma(rt.rand() * args.karras_share)
     return (rt.randn() * args.p_std + args.p_mean).exp()  # ln sigma normal, as EDM (Table 1)
@@ -93,8 +90,7 @@ def learning_rate_factor(args, nimg):
 
 SETTINGS = dict(
     divergence=("dijs", "what the generator minimises", list(DIVERGENCES)),
-    init=(None, "stage-1 network, or `random`; None: runs/PRESET/pretrain/network.pt", str),
-    network=(None, "architecture for --init random", list(networks.NETWORKS)),
+    init=(None, "stage-1 network; None: runs/PRESET/pretrain/network.pt", str),
     t_init=(2.5, "fixed noise level of the generator (the paper's)"),
     noise=("lognormal", "noise levels at which densities are compared: ln sigma normal, or uniform "
            "in the index of EDM's schedule", ["lognormal", "karras"]),

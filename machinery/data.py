@@ -1,7 +1,4 @@
-"""Data sets in, pictures out.
-
-A large folder or zip is converted once to a file in the cache, which is memory-mapped.
-"""
+"""Data sets in, pictures out."""
 
 import contextlib
 import functools
@@ -38,7 +35,7 @@ DOWNLOADS = {  # address, {file: MD5}
     }),
 }
 SUFFIXES = tuple(".png .jpg .jpeg .jfif .bmp .webp .gif .tif .tiff .avif".split())
-MEMORY_LIMIT = 256 * 2**20  # bytes; larger folders and zips are mapped
+MEMORY_LIMIT = 256 * 2**20  # bytes; larger folders and zips are converted once and mapped
 VERSION = 2  # of the cache; raise it when files are decoded to other pixels
 RESIZE = "--resolution N crops the centre of each image and resizes it"
 
@@ -81,7 +78,6 @@ class Dataset:
             _say(f"{self.name}: only classes {' '.join(self.classes)} have images; numbered from 0")
 
     def class_frequencies(self):
-        """Number of images of each class."""
         return [] if self.labels is None else np.bincount(self.labels).tolist()
 
     def fingerprint(self):
@@ -133,16 +129,15 @@ def normalise_latents(latents):
 
 
 def denormalise_latents(x):
-    """The inverse of `normalise_latents`: [n, 4, h, w], ready for the VAE's decoder."""
+    """The inverse of `normalise_latents`."""
     mean, std = LATENTS.to(x.device, non_blocking=True)
     return x / 0.5 * std + mean
 
 
 class Batches:
-    """Infinite iterator over this rank's (raw, labels) of each batch of `rt.batch` images.
+    """Infinite iterator over this rank's (raw, labels); a thread prepares one batch ahead.
 
     Image n of a run is element n % N of a permutation that depends on (seed, n // N) alone.
-    start: images seen before. A thread prepares one batch ahead.
     """
 
     def __init__(self, dataset, rt, seed, start=0):
@@ -187,8 +182,7 @@ def load(spec, cache=None, resolution=None):
     spec: `digits`, `fashion-mnist`, `cifar10` or a path: IDX folder (MNIST), CIFAR-10's binary
         tar.gz, folder or zip of images or latents (.npy) with a dataset.json or class folders,
         .npz (`images` or `arr_0`, `labels` or `arr_1`). `:test` of IDX and CIFAR-10.
-    cache: folder for downloads and conversions. resolution: crop the centre of each image and
-        resize it, as EDM's dataset tool does.
+    resolution: crop the centre of each image and resize it, as EDM's dataset tool does.
     """
     name, cache = str(spec), Path(cache or cache_dir())
     source, test = name.removesuffix(":test"), name.endswith(":test")
@@ -450,26 +444,21 @@ def save_grid(images, path, columns, scale=1, padding=2):
 
 
 def write_images(batches, out):
-    """Write all (images, labels) of `batches`; `load(out)` reads images again.
+    """Write all (images uint8 [n, H, W, C], labels or None) of `batches`; `load` reads them again.
 
-    images: uint8 [n, H, W, C], or float32 [n, 4, h, w] for latents. labels: int [n] or None.
-    out: a .npz for `arr_0` (latents: `latents`) and labels `arr_1`, or a new or empty folder for
-        PNG files and labels in a dataset.json.
+    out: a .npz (`arr_0`, labels `arr_1`) or a new folder of PNG files, with a dataset.json.
     """
     out, table = Path(out), []
     if out.suffix.lower() == ".npz":
         images, labels = zip(*batches)
-        arrays = {"arr_0" if images[0].dtype == np.uint8 else "latents": np.concatenate(images)}
-        arrays |= {} if labels[0] is None else {"arr_1": np.concatenate(labels)}
+        arrays = [np.concatenate(each) for each in (images, labels) if each[0] is not None]
         with atomic(out) as part, open(part, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, *arrays)
         return
     if out.is_file() or out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: exists already; give a new folder, or remove this one")
     with atomic(out) as part:
         for images, labels in batches:
-            if images.dtype != np.uint8:
-                raise UserError("latents need a .npz file; let --out end in .npz")
             for i, image in enumerate(images):
                 name = f"{len(table) // 1000:05d}/img{len(table):08d}.png"
                 (part / name).parent.mkdir(parents=True, exist_ok=True)

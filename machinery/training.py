@@ -79,7 +79,7 @@ def _place():
 def _end(message, code=2, patience=1):
     """Print `message` and end this process. Only one rank prints; no rank waits for another.
 
-    The first rank prints at once, and torchrun ends the others within `patience` seconds.
+    The first rank prints at once; torchrun ends the others within `patience` seconds.
     """
     rank, world_size = _place()
     if world_size > 1:
@@ -130,7 +130,6 @@ class Runtime:
             raise UserError(f"--micro-batch must divide the {self.share} images of each rank")
 
     def autocast(self):
-        """Context in which matrix products and convolutions run in the chosen precision."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
@@ -190,10 +189,7 @@ class Runtime:
 
 
 def start(device="auto", precision="fp32", alone=False, batch=None, micro_batch=None):
-    """A `Runtime`: join the ranks that torchrun started, choose device and precision.
-
-    alone: for scripts that do not share their work among ranks.
-    """
+    """Join the ranks that torchrun started; a `Runtime`. alone: for scripts with one rank only."""
     rank, world_size = _place()
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     if alone and world_size > 1:
@@ -213,8 +209,7 @@ def start(device="auto", precision="fp32", alone=False, batch=None, micro_batch=
     if precision == "fp16" and device == "cpu":
         raise UserError("--precision fp16 is for GPUs; on the CPU use --precision bf16 or fp32")
     if world_size > 1:
-        # Tensors on the CPU travel by gloo. A rank that fails ends the others at once; the limit is
-        # for connections that hang, and must be above the time that converting a data set takes.
+        # The limit is for connections that hang. Converting a data set must take less.
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=24))
     place = torch.device(device, local_rank if device == "cuda" else None)
@@ -271,10 +266,7 @@ class Optimizer:
 
 
 class Parser(argparse.ArgumentParser):
-    """`--help` shows the script's docstring and every default; an error is one line.
-
-    settings: {flag: (default, help[, type or choices])}; without the third, numbers are positive.
-    """
+    """settings: {flag: (default, help[, type or choices])}; without the third, numbers above 0."""
 
     def __init__(self, doc, settings={}):
         plain = argparse.RawDescriptionHelpFormatter
@@ -317,8 +309,7 @@ PRECISION = ("auto", "auto: on GPUs bf16, or fp16 where that is missing; on CPUs
 SHARED_SETTINGS = dict(
     data=(None, "digits, fashion-mnist, cifar10, or a folder, zip, .npz or IDX folder", str),
     resolution=(None, "crop the centre of images and resize it to N x N", int),
-    outdir=(None, "where everything is written; an unfinished run found there is continued "
-            "(default: runs/PRESET/pretrain or runs/PRESET/DIVERGENCE)", str),
+    outdir=(None, "folder of the run (default: runs/PRESET/pretrain or .../DIVERGENCE)", str),
     kimg=(None, "length of the run in thousands of images; a larger one continues a finished run, "
           "and a learning rate that had fallen rises again", float),
     batch=(None, "images per step, over all ranks", int),
@@ -357,7 +348,7 @@ FREE_FLAGS = {  # may change when a run resumes; of these only kimg affects it, 
     "preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg",
     "save_kimg", "fid_every", "fid_images", "fid_reference", "fid_features", "inception",
 }
-FORMAT = 4  # of checkpoint.pt
+FORMAT = 5  # of checkpoint.pt
 
 
 class Run:
@@ -375,7 +366,7 @@ class Run:
         images = max(round(args.kimg * 1000), 1)
         self.total_nimg = -(-images // rt.batch) * rt.batch  # whole batches
         self.nimg = self.logged_nimg = 0
-        self.sums = {}  # for the log, over the images since the last line
+        self.sums, self.step = {}, {}  # for the log: since its last line, of this rank's step
         self.stopping = False  # whether a rank got a signal
         self.path, self.log_path = self.dir / "checkpoint.pt", self.dir / "log.jsonl"
         if rt.is_main and (locked := files.lock(self.dir / ".lock", self.dir)):
@@ -393,7 +384,6 @@ class Run:
         self.last = time.monotonic(), self.nimg
 
     def print_start(self, what, dataset, *nets):
-        """Print what is trained, on which data and where."""
         rt, sizes = self.rt, [f"{networks.parameter_count(net) / 1e6:.2f}" for net in nets]
         labels = "labels not used" if dataset.label_dim else "no labels"
         if nets[0].config.label_dim:
@@ -415,10 +405,7 @@ class Run:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.nimg, self.logged_nimg = state["nimg"], state["logged_nimg"]
-        for name, rows in state["sums"].items():  # a row for each rank
-            same = len(rows) == self.rt.world_size
-            value = rows[self.rt.rank] if same else rows.sum(0) * self.rt.is_main
-            self.sums[name] = value.to(self.rt.device)
+        self.sums = {name: value.to(self.rt.device) for name, value in state["sums"].items()}
 
     def _open_log(self):
         """The log's records up to the checkpoint. Later and half-written ones are dropped."""
@@ -439,6 +426,9 @@ class Run:
 
     def advance(self):
         """Count the step just taken. If any rank got a signal, all are `stopping`."""
+        for name, value in self.step.items():
+            self.sums[name] = self.rt.sum(value) + self.sums.get(name, 0)
+        self.step = {}
         self.nimg += self.rt.batch
         self.stopping = bool(self.rt.agree(_signals.number))
 
@@ -451,7 +441,7 @@ class Run:
     def add(self, **values):
         """Add tensors to the sums of the next log line. They stay on the device: nothing waits."""
         for name, value in values.items():
-            self.sums[name] = value.detach().double() + self.sums.get(name, 0)
+            self.step[name] = value.detach().double() + self.step.get(name, 0)
 
     def add_gradient(self, sigma, fake):
         """In the backward pass add the size of each sample's gradient to its noise level's sum."""
@@ -461,17 +451,11 @@ class Run:
 
         fake.register_hook(add)
 
-    def _rows(self):
-        """{name: the sums of each rank, [ranks, ...] float64}, for a resumption to the last bit."""
-        mine = torch.arange(self.rt.world_size, device=self.rt.device) == self.rt.rank
-        return {name: self.rt.sum(torch.stack([value * here for here in mine])).cpu()
-                for name, value in sorted(self.sums.items())}
-
     def pop_sums(self):
         """({name: sum over ranks} of what was added since the last call, the number of images)."""
-        sums, images = self._rows(), self.nimg - self.logged_nimg
+        sums, images = self.sums, self.nimg - self.logged_nimg
         self.sums, self.logged_nimg = {}, self.nimg
-        return {name: rows.sum(0) for name, rows in sums.items()}, images
+        return sums, images
 
     def report(self, record, text):
         """Write a log line with the speed, and print `text`. NaN or infinity ends the run."""
@@ -492,7 +476,6 @@ class Run:
                                 "diverged and was not saved; try a lower --lr or --precision fp32")
 
     def write(self, record, text):
-        """Write a log line, with the number of images seen, and print `text`."""
         if self.rt.is_main:
             self.log.append({"nimg": self.nimg, **record})
             with open(self.log_path, "a") as file:
@@ -512,13 +495,12 @@ class Run:
         """
         state = {name: part.state_dict() for name, part in self.parts.items()}
         self._check(state["ema"])
-        sums = self._rows()
         if self.rt.is_main:
             write_networks()
             if self.log_path.exists():
                 files.flush(self.log_path)
             about = dict(kind=f"training state of {self.stage}", format=FORMAT, nimg=self.nimg,
-                         logged_nimg=self.logged_nimg, settings=self.settings, sums=sums)
+                         logged_nimg=self.logged_nimg, settings=self.settings, sums=self.sums)
             files.save_checkpoint({**about, **state}, self.path)
         _signals.in_step = False
         if number := self.rt.agree(_signals.number):
@@ -554,11 +536,9 @@ def by_band(sigma, values):
 def stage2_line(sums, images):
     """(record, text) for the log: means over the images since the line before.
 
-    generator_loss: as it is minimised; it says that the run is alive, not how good samples are.
     ratio_loss: ln 2 = 0.693 where data and samples cannot be told apart; ratio_accuracy: 0.5 there.
     bands: the same by noise level, mean and deviation of the logit h, and the band's share of the
-    generator's gradient on the samples (summed norms). High accuracy at small sigma, late in a run
-    on few images: the ratio network has memorised them.
+    generator's gradient on the samples (summed norms). How to read them: docs/own-data.md.
     """
     names = [f"<{BANDS[0]}", *(f"{a}-{b}" for a, b in zip(BANDS, BANDS[1:])), f">{BANDS[-1]}"]
     bands = {}
