@@ -95,8 +95,8 @@ def preconditioning(kind, sigma, sigma_data):
 
 def filter_2d(taps):
     """Outer product of the 1-d filter with itself, summing to one: [1, 1, k, k]."""
-    taps = torch.tensor(taps, dtype=torch.float32)
-    return (taps[:, None] * taps[None, :] / taps.sum() ** 2)[None, None]
+    # In plain numbers: tensor arithmetic under torch.device("meta") imports the compiler for seconds.
+    return torch.tensor([[[[a * b / sum(taps) ** 2 for b in taps] for a in taps]]])
 
 
 def resample(x, mode, kernel=None):
