@@ -95,7 +95,7 @@ def preconditioning(kind, sigma, sigma_data):
 
 def filter_2d(taps):
     """Outer product of the 1-d filter with itself, summing to one: [1, 1, k, k]."""
-    # In plain numbers: tensor arithmetic under torch.device("meta") imports the compiler for seconds.
+    # In plain numbers: on the meta device tensor arithmetic imports the compiler, for seconds.
     return torch.tensor([[[[a * b / sum(taps) ** 2 for b in taps] for a in taps]]])
 
 
