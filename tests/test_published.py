@@ -10,7 +10,7 @@ import pickle
 import resource
 import sys
 import types
-import unittest.mock
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def _reconstruct_persistent_obj(meta):
 
 _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
 NAMES = ("dnnlib", "dnnlib.util", "torch_utils", "torch_utils.persistence")
-THEIRS = {name: types.ModuleType(name) for name in NAMES}  # only while a pickle is written
+THEIRS = {name: types.ModuleType(name) for name in NAMES}
 THEIRS["dnnlib.util"].EasyDict = EasyDict
 THEIRS["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
 
@@ -59,14 +59,14 @@ def Persistent(class_name, **state):
 
 def _convert(net, class_name="Any", **init):
     """A torch module as its persistent counterpart. ModuleDicts stay, with converted children."""
-    children = collections.OrderedDict((k, _convert(v)) for k, v in net.named_children())
+    children = {name: _convert(child) for name, child in net.named_children()}
     if isinstance(net, torch.nn.ModuleDict):
         made = torch.nn.ModuleDict()
         made.__dict__["_modules"] = children
         return made
     return Persistent(class_name, training=False, _modules=children, _init_args=(),
                       _parameters=collections.OrderedDict(net._parameters),
-                      _buffers=collections.OrderedDict(net._buffers, unused=None),
+                      _buffers=dict(net._buffers, unused=None),
                       _init_kwargs=init, skip_scale=np.sqrt(0.5))
 
 
@@ -90,8 +90,8 @@ def write_published(path, net, protocol=4, **changes):
     prefix = "" if c.architecture == "edm2" else c.preconditioning.upper()
     data = dict(ema=_convert(net, f"{prefix}Precond", **kwargs | changes), augment_pipe=None,
                 loss_fn=Persistent("EDMLoss", P_mean=-1.2), dataset_kwargs=EasyDict(path="x.zip"))
-    with unittest.mock.patch.dict(sys.modules, THEIRS):
-        path.write_bytes(pickle.dumps(data, protocol=protocol))
+    with patch.dict(sys.modules, THEIRS):
+        path.write_bytes(pickle.dumps(data, protocol))
     return path
 
 
@@ -134,10 +134,10 @@ def test_other_files_are_named_for_what_they_are(tmp_path):
     """Each line says what the file holds or what is not implemented, and what to give instead."""
     network, path = Denoiser(small("ddpmpp")), tmp_path / "file"
     save_network(path, network, role="denoiser")
-    whole, theirs = path.read_bytes(), _convert(network)
+    whole = path.read_bytes()
 
     def saved(value):
-        with unittest.mock.patch.dict(sys.modules, THEIRS):
+        with patch.dict(sys.modules, THEIRS):
             torch.save(value, path)
         return path.read_bytes()
 
@@ -152,7 +152,7 @@ def test_other_files_are_named_for_what_they_are(tmp_path):
         (changed(colour="red"), "colour='red' is not implemented"),
         (b"", "damaged"), (b"\x80\x04", "damaged"), (pickle.dumps([1]), "a pickle of list, with"),
         (pickle.dumps({"fid": 1, "fd": 2}), "of fid, fd, without.*; give a network-snapshot-.*pkl"),
-        (saved({"net": theirs, "optimizer_state": {}}), "a training state of EDM; give the netw"),
+        (saved({"net": _convert(network), "optimizer_state": {}}), "a training state of EDM; give the netw"),
         (saved({"state": EasyDict(cur_nimg=0)}), "a training state of EDM; give the network-snap"),
         (whole[:-100], "damaged .*; restore a copy, or delete it and train again"),
         (whole[:5000] + b"?" + whole[5001:], "damaged .*; restore a copy, or delete it and train"),
@@ -173,17 +173,16 @@ def tensor(content, offset=0, size=1):
 def test_hostile_pickles_do_nothing(tmp_path, monkeypatch, kind):
     ran, path = tmp_path / "ran", tmp_path / "hostile.pkl"
     call = Attack(exec, f"open({str(ran)!r}, 'w').close()")
-    content = {"call": Attack(os.system, f"touch {ran}"), "network": {"ema": call},
-               "storage": {"ema": tensor(call)},
+    content = {"call": call, "network": {"ema": call}, "storage": {"ema": tensor(call)},
                "state": {"ema": Persistent("EDMPrecond", _init_kwargs=call)}}[kind]
-    with unittest.mock.patch.dict(sys.modules, THEIRS):
+    with patch.dict(sys.modules, THEIRS):
         path.write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match="^[^\n]*hostile.pkl: [^\n]*$"):
         load_network(path)
     assert not ran.exists()
     load = functools.partial(torch.load, weights_only=False)
     monkeypatch.setattr(torch.storage, "_load_from_bytes", lambda b: load(io.BytesIO(b)))
-    with unittest.mock.patch.dict(sys.modules, THEIRS), contextlib.suppress(Exception):
+    with patch.dict(sys.modules, THEIRS), contextlib.suppress(Exception):
         pickle.loads(path.read_bytes())  # fails after the attack
     assert ran.exists(), "the attack does not work in plain pickle either"
 
