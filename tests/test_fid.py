@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from scipy.spatial.distance import cdist
+from test_data import make
 
 import fid
 from gpu import inception_shapes  # in exercises/
@@ -38,7 +39,7 @@ def random_weights():
     return state
 
 
-def pictures(n, size=32, channels=3, seed=1):
+def pictures(n, size=8, channels=1, seed=1):
     """Smooth random images, uint8 [n, size, size, channels]."""
     coarse = np.random.RandomState(seed).uniform(0, 256, (n, 4, 4, channels))
     return np.kron(coarse, np.ones((1, size // 4, size // 4, 1))).astype(np.uint8)
@@ -57,19 +58,13 @@ def own_caches(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
 
-def pass_over(features, logits=None, batch=64, device="cpu"):
+def pass_over(rt, features, logits=None, batch=64):
     """`fid.measure` of images that have these features [n, d] and logits [n, 1008] or None."""
     def function(indices):
-        return tuple(t if t is None else t.to(device)[indices] for t in (features, logits))
+        return tuple(t if t is None else t.to(rt.device)[indices] for t in (features, logits))
     tag = "test" if logits is None else "inception test"
-    extractor = fid.Extractor("a test", tag, features.shape[1], None,
-                              torch.device(device), function)
-    return fid.measure(extractor, list, len(features), training.start(device), batch)
-
-
-def npz(path, **arrays):
-    np.savez(path, **arrays)
-    return str(path)
+    extractor = fid.Extractor("a test", tag, features.shape[1], None, rt.device, function)
+    return fid.measure(extractor, list, len(features), rt, batch)
 
 
 @pytest.mark.parametrize("n, m", [(400, 200), (20, 90)])
@@ -96,7 +91,8 @@ def test_one_pass_gives_moments_and_rows(monkeypatch, device):
     """NumPy's moments, also far from 0; all rows in order, or always the same choice of them."""
     rows = 1e6 + np.random.default_rng(0).normal(size=(257, 12))  # plain sums lose every digit
     features = torch.from_numpy(rows)
-    every = pass_over(features, batch=20, device=device)[0]
+    rt = training.start(device)
+    every = pass_over(rt, features, batch=20)[0]
     for found in (every, fid.Statistics.of(features, "test")):
         assert found.n == 257
         np.testing.assert_allclose(found.mu, rows.mean(0), rtol=1e-13)  # 257 roundings: 6e-14
@@ -104,7 +100,7 @@ def test_one_pass_gives_moments_and_rows(monkeypatch, device):
         np.testing.assert_allclose(found.sigma, np.cov(rows, rowvar=False), rtol=0, atol=1e-8)
     assert np.array_equal(every.rows, rows.astype(np.float32))
     monkeypatch.setattr(fid, "PAIRS_LIMIT", 20)
-    some, other = (pass_over(features, batch=batch, device=device)[0].rows for batch in (257, 7))
+    some, other = (pass_over(rt, features, batch=batch)[0].rows for batch in (257, 7))
     places = cdist(some, every.rows).argmin(axis=1)
     assert np.array_equal(some, other) and np.array_equal(some, every.rows[places])
     assert len(set(places)) == 20 and places.max() > 171
@@ -141,7 +137,7 @@ def test_precision_and_recall_by_definition(k, device):
     Whole numbers put many points on the edge of a ball, which counts, also far from 0.
     """
     rng = np.random.default_rng(0)
-    a, b = (rng.integers(low, high, (n, 3)) + 3e4 for n, low, high in ((3000, 0, 50), (2500, 9, 60)))
+    a, b = rng.integers(0, 50, (3000, 3)) + 3e4, rng.integers(9, 60, (2500, 3)) + 3e4
     radius_a, radius_b = (np.sort(cdist(x, x), axis=1)[:, k] for x in (a, b))
     d = cdist(b, a)
     expected = (d <= radius_a).any(1).mean(), (d <= radius_b[:, None]).any(0).mean()
@@ -169,7 +165,7 @@ def test_inception_score(device):
     Predictions that say nothing score 1; certain ones, spread evenly over K classes, score K.
     """
     def score(logits):
-        return pass_over(torch.randn(len(logits), 1), logits, batch=7, device=device)[1]
+        return pass_over(training.start(device), torch.randn(len(logits), 1), logits, batch=7)[1]
     certain = 1e4 * torch.eye(1008)
     # Sums over 1008 classes of p ln p, 7 in all, are off by 1008 eps 7 = 2e-12 at most.
     assert score(torch.zeros(40, 1008)) == pytest.approx((1, 0), abs=1e-11)
@@ -202,7 +198,7 @@ def test_features_and_logits_equal_another_implementation(weights, device):
     expected = torch.tensor([
         [-23.052959, 13.485928, 12.640119, -7.283963, -44.854845, -44.270556],
         [-22.130392, 12.972211, 13.691726, -7.495573, -42.945262, -42.962137]], dtype=torch.double)
-    features, logits = inception(pictures(2))
+    features, logits = inception(pictures(2, 32, 3))
     assert features.shape == (2, 2048) and logits.shape == (2, 1008)
     assert features.dtype == torch.float32
     for x in (features, logits):
@@ -211,7 +207,7 @@ def test_features_and_logits_equal_another_implementation(weights, device):
     # 2048 features of size 0.6, each off by 1e-6 of that after 48 float32 layers: 1e-3 if all
     # errors had one sign.
     torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=5e-3)
-    gray = pictures(2, channels=1)
+    gray = pictures(1, 32)
     colour = inception(np.repeat(gray, 3, axis=3))[0]
     torch.testing.assert_close(inception(gray)[0], colour, rtol=1e-4, atol=1e-4)
 
@@ -247,18 +243,18 @@ def test_sides_without_a_distance(tmp_path):
     """NVIDIA's files hold mu [2048] and sigma, and nothing else: they go with Inception only."""
     def side(tag, sigma, name="good"):
         return fid.Statistics(np.zeros(len(sigma)), np.array(sigma, float), tag, name=name)
-    path = npz(tmp_path / "cifar10-32x32.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    published = fid.Statistics.load(path)
+    moments = dict(mu=np.zeros(2048), sigma=np.eye(2048))
+    published = fid.Statistics.load(make(tmp_path / "cifar10-32x32.npz", moments))
     assert published.n is None and published.rows is None
     published.check(fid.INCEPTION_TAG, 2048, "Inception")
+    four = side("test", np.eye(4))
     for a, b in ((published, side("inception sha256:0123", np.eye(2048))),
-                 (side("test", np.eye(4)), side("other", np.eye(4))),
-                 (side("test", np.eye(4)), side("test", np.eye(3)))):
+                 (four, side("other", np.eye(4))), (four, side("test", np.eye(3)))):
         message = f"{len(a.mu)} features .* {len(b.mu)} of the kind '{b.features}'.*one network"
         with pytest.raises(UserError, match=message):
             fid.frechet_distance(a, b)
     with pytest.raises(UserError, match="does not say which features"):
-        fid.Statistics.load(npz(tmp_path / "small.npz", mu=np.zeros(64), sigma=np.eye(64)))
+        fid.Statistics.load(make(tmp_path / "a.npz", dict(mu=np.zeros(64), sigma=np.eye(64))))
     good, bad = side("test", np.eye(2)), side("test", [[1, 2], [2, 1]], "bad")
     for pair in ((bad, bad), (bad, good), (good, bad)):
         with pytest.raises(UserError, match="bad: .*negative eigenvalues"):
@@ -275,12 +271,12 @@ def test_damaged_statistics(key, values, tmp_path):
     for value in values:
         arrays = dict(mu=np.zeros(8), sigma=np.eye(8), features="test") | {key: value}
         with pytest.raises(UserError, match=f"stats.npz: .*expected finite {message}"):
-            fid.Statistics.load(npz(tmp_path / "stats.npz", **arrays))
+            fid.Statistics.load(make(tmp_path / "stats.npz", arrays))
 
 
 def test_reference_statistics_are_computed_once(recwarn):
     """The cached file keeps everything. Images of a mapped file, read-only, give no warning."""
-    extractor, images = fid.network_features(ONE_RANK, NETWORK), pictures(60, 8, 1)
+    extractor, images = fid.network_features(ONE_RANK, NETWORK), pictures(60)
     features, changed = extractor(images)[0].numpy(), images.copy()
     changed[59, 7, 7] ^= 1
     images.flags.writeable = False
@@ -303,11 +299,9 @@ def test_halves_are_disjoint_and_random():
 
 def measure_two_sets(rt):
     """Statistics and Inception Scores of 101 images and of three, in float64."""
-    images = np.random.default_rng(0).integers(0, 256, (101, 4, 4, 3), np.uint8)
-    weight = torch.linspace(0, 1000, 48 * 1008).sin().view(48, 1008).double() / 200
-    extractor = fid.Extractor("test", "inception test", 48, None, rt.device,
-                              lambda x: (x.flatten(1).double(), x.flatten(1).double() @ weight))
-    return [fid.measure_dataset(extractor, data.Dataset("x", images[:n]), rt, 16) for n in (101, 3)]
+    features = torch.linspace(0, 1000, 101 * 48).double().sin().view(101, 48)
+    logits = 5 * torch.linspace(0, 9000, 101 * 1008).double().sin().view(101, 1008)
+    return [pass_over(rt, features[:n], logits[:n], 16) for n in (101, 3)]
 
 
 def test_two_ranks_measure_what_one_does(tmp_path, monkeypatch):
@@ -336,17 +330,20 @@ test_fid.training.run(lambda: None)
         assert n == 3 or one_score[0] > 1.01  # the logits differ: there is something to merge
 
 
+LATENTS = np.zeros((4, 8, 1, 1), np.float32)
+
+
 @pytest.mark.parametrize("samples, reference, message", [
-    (pictures(4, 16, 1), None, r"mine: images .*\[16, 16, 1\], but .* has \[8, 8, 1\]"),
-    (pictures(4, 8, 1), dict(arr_0=pictures(4, 16, 1)), r"reference.npz: images .*\[16, 16, 1\]"),
-    *[(np.zeros((4, 8, 1, 1), np.float32), dict(arr_0=pictures(4, size, 1)), r"generator: .*\[8, 8, 3\]")
-      for size in (8, 16)],  # the reference of latents is cropped to the size that they decode to
-    (pictures(4, 8, 1), dict(mu=np.zeros(2048), sigma=np.eye(2048)), "from one network"),
-    (np.zeros((4, 8, 1, 1), np.float32), None, "no latents"),
+    (pictures(4, 16), None, r"mine: images .*\[16, 16, 1\], but .* has \[8, 8, 1\]"),
+    (pictures(4), dict(arr_0=pictures(4, 16)), r"reference.npz: images .*\[16, 16, 1\]"),
+    (pictures(4), dict(mu=np.zeros(2048), sigma=np.eye(2048)), "from one network"),
+    (LATENTS, None, "no latents"),
+    (LATENTS, dict(arr_0=pictures(4)), r"generator: .*\[8, 8, 3\]"),
+    (LATENTS, dict(arr_0=pictures(4, 16)), r"generator: .*\[8, 8, 3\]"),  # cropped to this size
 ])
 def test_sizes_before_training(samples, reference, message, tmp_path, monkeypatch):
     monkeypatch.setattr(fid.sample, "latent_decoder", lambda *args: len)
-    path = reference and npz(tmp_path / "reference.npz", **reference)
+    path = reference and str(make(tmp_path / "reference.npz", reference))
     args = Mock(fid_features=NETWORK, fid_reference=path, resolution=None)
     with pytest.raises(UserError, match=message):
         fid.training_fid(args, data.Dataset("mine", samples), Mock(rt=ONE_RANK), None, None)
@@ -362,10 +359,14 @@ def command(call, capsys):
     return run
 
 
-def test_command_with_inception(command, weights, tmp_path):
+@pytest.fixture
+def npz(tmp_path):
+    return lambda name, images: make(tmp_path / f"{name}.npz", {"arr_0": images})
+
+
+def test_command_with_inception(command, npz, weights, tmp_path):
     """FID and IS of a few images, two warnings, and saved statistics, those of the reference."""
-    a, b = (npz(tmp_path / f"{n}.npz", arr_0=pictures(n, seed=n)) for n in (3, 2))
-    stats = tmp_path / "stats.npz"
+    a, b, stats = npz("a", pictures(3)), npz("b", pictures(2, seed=2)), tmp_path / "stats.npz"
     result, err = command(a, b, "--inception", weights, "--save-stats", stats)
     assert list(result) == [
         "fid", "is_mean", "is_std", *PAIRS, "n_samples", "n_reference", "features"]
@@ -375,18 +376,17 @@ def test_command_with_inception(command, weights, tmp_path):
     assert "3 images; published numbers use 50,000" in err
     assert "6726825d" in err and result["features"].startswith("inception sha256:")
     saved = fid.Statistics.load(stats)
-    assert (saved.n, saved.name, saved.features) == (2, b, result["features"])
+    assert (saved.n, saved.name, saved.features) == (2, str(b), result["features"])
 
 
-def test_statistics_with_some_of_the_images(command, tmp_path):
+def test_statistics_with_some_of_the_images(command, npz, tmp_path):
     """ADM's VIRTUAL_*.npz: FID uses mu and sigma, the other measures the images; it is said."""
-    whole, stats = pictures(40, 8, 1, seed=2), tmp_path / "stats.npz"
-    samples = npz(tmp_path / "samples.npz", arr_0=pictures(30, 8, 1))
-    full, some = (npz(tmp_path / f"{n}.npz", arr_0=whole[:n]) for n in (40, 8))
-    fids, _ = command(samples, full, "--features", NETWORK, "--save-stats", stats)
+    whole, stats, options = pictures(40, seed=2), tmp_path / "stats.npz", ("--features", NETWORK)
+    samples, full, some = npz("a", pictures(30)), npz("full", whole), npz("some", whole[:8])
+    fids, _ = command(samples, full, *options, "--save-stats", stats)
     moments = {key: np.load(stats)[key] for key in ("mu", "sigma", "features")}
-    both = npz(tmp_path / "both.npz", **moments, arr_0=whole[:8])
-    (found, err), (pairs, _) = (command(samples, b, "--features", NETWORK) for b in (both, some))
+    both = make(tmp_path / "both.npz", {**moments, "arr_0": whole[:8]})
+    (found, err), (pairs, _) = (command(samples, b, *options) for b in (both, some))
     assert found["fid"] == pytest.approx(fids["fid"], rel=1e-6) and found["n_reference"] is None
     assert [found[key] for key in PAIRS] == [pairs[key] for key in PAIRS]
     assert abs(found["fid"] / pairs["fid"] - 1) > 0.01
@@ -399,26 +399,22 @@ def test_command_with_statistics_on_both_sides(name, tag, command, tmp_path):
 
     EDM2's references are pickles of NumPy arrays, `{"fid": {"mu", "sigma"}}`.
     """
-    a, b = (fid.Statistics(np.array([mean, 0.0]), scale * np.eye(2), tag)
-            for mean, scale in ((3.0, 4.0), (0.0, 1.0)))
-    a.save(tmp_path / "a.npz")
-    b.save(tmp_path / "b.npz")
-    moments = {"fid": {"mu": b.mu, "sigma": b.sigma}, "fd_dinov2": {}}
-    (tmp_path / "b.pkl").write_bytes(pickle.dumps(moments))
+    fid.Statistics(np.array([3.0, 0.0]), 4 * np.eye(2), tag).save(tmp_path / "a.npz")
+    moments = dict(mu=np.zeros(2), sigma=np.eye(2))
+    pickled = pickle.dumps({"fid": moments, "fd_dinov2": {}})
+    make(tmp_path / name, pickled if name == "b.pkl" else moments | {"features": tag})
     result, _ = command(tmp_path / "a.npz", tmp_path / name)
     assert result["fid"] == pytest.approx(9 + 2, abs=1e-6)
     assert result["n_samples"] is result["is_mean"] is None and result["features"] == tag
     assert all(result[key] is None for key in PAIRS)
 
 
-def test_command_with_pairs(command, call, capsys, tmp_path, device):
+def test_command_with_pairs(command, call, capsys, npz, tmp_path, device):
     """KID, precision and recall of images, cached and saved statistics; not of others' ones."""
-    a = npz(tmp_path / "a.npz", arr_0=pictures(40, 8, 1))
-    b = npz(tmp_path / "b.npz", arr_0=pictures(60, 8, 1, seed=2) // 2)
-    stats, bare, results = tmp_path / "stats.npz", tmp_path / "bare.npz", []
+    a, b, results = npz("a", pictures(40)), npz("b", pictures(60, seed=2) // 2), []
+    stats, bare, options = tmp_path / "stats.npz", tmp_path / "bare.npz", ("--features", NETWORK)
     for reference in (b, b, stats):
-        args = a, reference, "--features", NETWORK, "--save-stats", stats
-        result, err = command(*args, device=device)
+        result, err = command(a, reference, *options, "--save-stats", stats, device=device)
         results.append([result[key] for key in PAIRS])
         assert err == ""
     extractor = fid.network_features(ONE_RANK, NETWORK)
@@ -426,37 +422,36 @@ def test_command_with_pairs(command, call, capsys, tmp_path, device):
     expected = [*fid.kernel_distance(*rows), *fid.precision_recall(*rows)]
     assert results[0] == results[1] == results[2] == pytest.approx(expected, rel=1e-4)
     dataclasses.replace(fid.Statistics.load(stats), rows=None).save(bare)
-    for pair in ((a, bare), (bare, a), (bare, bare)):
-        result, _ = command(*pair, "--features", NETWORK)
+    for pair in ((a, bare), (bare, a)):
+        result, _ = command(*pair, *options)
         assert all(result[key] is None for key in PAIRS) and result["fid"] >= 0
-        call(fid, *pair, "--features", NETWORK, "--device", "cpu")
-        assert not re.search("kid|precision|recall|None", capsys.readouterr().out)
+    call(fid, *pair, *options, "--device", "cpu")
+    assert not re.search("kid|precision|recall|None", capsys.readouterr().out)
 
 
-def test_a_set_against_itself(command, call, capsys, tmp_path):
+def test_a_set_against_itself(command, call, capsys, npz, tmp_path):
     """Precision and recall are 1, also of another file; each side keeps its own name."""
-    a, b = (npz(tmp_path / f"{name}.npz", arr_0=pictures(60, 8, 1)) for name in "ab")
-    stats = tmp_path / "stats.npz"
+    a, b, stats = npz("a", pictures(60)), npz("b", pictures(60)), tmp_path / "stats.npz"
     call(fid, a, b, "--features", NETWORK, "--save-stats", stats, "--device", "cpu")
     out, err = capsys.readouterr()
     assert err == "" and out.startswith(f"FD (stage 1) of {a} from {b}\nfid ")
     assert re.search(r"precision +1\nrecall +1\nn_samples +60\n", out) and "is_mean" not in out
-    assert fid.Statistics.load(stats).name == b
+    assert fid.Statistics.load(stats).name == str(b)
     result, _ = command(a, a, "--features", NETWORK, "--count", 40)
     assert result["n_samples"] == result["n_reference"] == 40
     assert result["fid"] > 1e-6 and result["is_mean"] is None  # of two choices
-    larger, folder = npz(tmp_path / "larger.npz", arr_0=pictures(60, 24, 1)), tmp_path / "folder"
+    larger, folder = npz("larger", pictures(60, 24)), tmp_path / "folder"
     data.write_images([(data.load(larger, resolution=8).images, None)], folder)
     result, _ = command(larger, folder, "--features", NETWORK, "--resolution", 8)
     assert result["fid"] == pytest.approx(0, abs=1e-9)  # the same images
 
 
 @pytest.mark.parametrize("samples, message", [
-    (dict(arr_0=pictures(1, 8, 1)), "samples.npz: FID needs two images or more"),
-    (dict(arr_0=pictures(0, 8, 1)), "no images"),
+    (dict(arr_0=pictures(1)), "samples.npz: FID needs two images or more"),
+    (dict(arr_0=pictures(0)), "no images"),
     (dict(arr_0=pictures(4, 8, 3)), r"\[8, 8, 3\], but .* has \[8, 8, 1\]"),
-    (dict(arr_0=pictures(4, 16, 1)), r"\[16, 16, 1\], but .* has \[8, 8, 1\]"),
-    (dict(arr_0=pictures(4, 8, 1).astype(np.float32)), "uint8"),
+    (dict(arr_0=pictures(4, 16)), r"\[16, 16, 1\], but .* has \[8, 8, 1\]"),
+    (dict(arr_0=pictures(4).astype(np.float32)), "uint8"),
     (dict(mu=np.zeros(4)), "not a readable .npz of statistics `mu` and `sigma`"),
     (dict(mu=np.zeros(2048), sigma=np.eye(2048)), "both sides must come from one network"),
     (b"this is not an archive", "not a readable .npz"),
@@ -465,9 +460,7 @@ def test_a_set_against_itself(command, call, capsys, tmp_path):
 ])
 def test_bad_input_is_one_line(samples, message, refused, tmp_path):
     path = tmp_path / ("samples.pkl" if "EDM2" in message else "samples.npz")
-    if isinstance(samples, dict):
-        npz(path, **samples)
-    elif samples is not None:
-        path.write_bytes(samples)
+    if samples:
+        make(path, samples)
     error = refused(fid, path, "digits", "--features", NETWORK, "--device", "cpu")
     assert re.search(message, error), error
