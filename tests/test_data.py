@@ -469,10 +469,10 @@ def test_archives_are_checked_and_nothing_is_executed_nor_extracted(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     attack = np.array([Attack(os.mkdir, "executed")])  # numpy pickles arrays of objects
     for key in ("arr_0", "arr_1"):
-        make(tmp_path / "evil.npz", {"arr_0": RGB[:1], "arr_1": np.zeros(1, int), key: attack})
-        message = error_of(tmp_path / "evil.npz", labels=key == "arr_1")
-        assert "evil.npz" in message and "Object arrays" in message
-        assert not (tmp_path / "executed").exists()
+        arrays = {"arr_0": RGB[:1], "arr_1": np.zeros(1, int), key: attack}
+        path = make(tmp_path / "evil.npz", arrays)
+        assert "evil.npz: " in (message := error_of(path, labels=key == "arr_1"))
+        assert "Object arrays" in message and not (tmp_path / "executed").exists()
     files = {"x/../../a.png": PNG, "../up.png": PNG, "/abs.png": png(RGB[1])}
     dataset = data.load(make(tmp_path / "tricks.zip", files))
     assert np.array_equal(dataset.images, RGB[1:2])  # names with leading dots are hidden

@@ -28,28 +28,23 @@ ONE_RANK = training.Runtime(torch.device("cpu"))
 PAIRS = ("kid_mean", "kid_std", "precision", "recall")
 
 
-def random_weights():
-    """Inception weights of a fixed recipe that keeps activations at one size."""
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A file of Inception weights of a fixed recipe that keeps activations at one size."""
     rng, state = np.random.RandomState(0), {}  # the same numbers in every version of NumPy
     for name, shape in sorted(inception_shapes().items()):
         low, high = (0.8, 1.2) if name.endswith((".weight", ".running_var")) else (-0.3, 0.3)
         if len(shape) > 1:  # He's uniform distribution
             low, high = (sign * (6 / np.prod(shape[1:])) ** 0.5 for sign in (-1, 1))
         state[name] = torch.from_numpy(rng.uniform(low, high, shape).astype(np.float32))
-    return state
+    torch.save(state, path := tmp_path_factory.mktemp("inception") / "random.pth")
+    return path
 
 
 def pictures(n, size=8, channels=1, seed=1):
     """Smooth random images, uint8 [n, size, size, channels]."""
     coarse = np.random.RandomState(seed).uniform(0, 256, (n, 4, 4, channels))
     return np.kron(coarse, np.ones((1, size // 4, size // 4, 1))).astype(np.uint8)
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(random_weights(), path)
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -227,7 +222,7 @@ def test_damaged_weights(weights, tmp_path):
     half = len(content) // 2
     changed = content[:half] + bytes([content[half] ^ 1]) + content[half + 1:]
     path.parent.mkdir(parents=True)
-    wrong = {**random_weights(), "Conv2d_1a_3x3.conv.weight": torch.zeros(32, 1, 3, 3)}
+    wrong = {**torch.load(weights), "Conv2d_1a_3x3.conv.weight": torch.zeros(32, 1, 3, 3)}
     for state, message in ((changed, "check sum"), (content[:1_000_000], "damaged"),
                            ([], "damaged"), (wrong, r"\[32, 1, 3, 3\]"),
                            ({"fc.weight": torch.zeros(1008, 2048)}, "Conv2d_1a_3x3")):
@@ -237,41 +232,6 @@ def test_damaged_weights(weights, tmp_path):
             torch.save(state, path)
         with pytest.raises(UserError, match=f"{path}: not the weights of Inception.*{message}"):
             fid.inception(ONE_RANK)
-
-
-def test_sides_without_a_distance(tmp_path):
-    """NVIDIA's files hold mu [2048] and sigma, and nothing else: they go with Inception only."""
-    def side(tag, sigma, name="good"):
-        return fid.Statistics(np.zeros(len(sigma)), np.array(sigma, float), tag, name=name)
-    moments = dict(mu=np.zeros(2048), sigma=np.eye(2048))
-    published = fid.Statistics.load(make(tmp_path / "cifar10-32x32.npz", moments))
-    assert published.n is None and published.rows is None
-    published.check(fid.INCEPTION_TAG, 2048, "Inception")
-    four = side("test", np.eye(4))
-    for a, b in ((published, side("inception sha256:0123", np.eye(2048))),
-                 (four, side("other", np.eye(4))), (four, side("test", np.eye(3)))):
-        message = f"{len(a.mu)} features .* {len(b.mu)} of the kind '{b.features}'.*one network"
-        with pytest.raises(UserError, match=message):
-            fid.frechet_distance(a, b)
-    with pytest.raises(UserError, match="does not say which features"):
-        fid.Statistics.load(make(tmp_path / "a.npz", dict(mu=np.zeros(64), sigma=np.eye(64))))
-    good, bad = side("test", np.eye(2)), side("test", [[1, 2], [2, 1]], "bad")
-    for pair in ((bad, bad), (bad, good), (good, bad)):
-        with pytest.raises(UserError, match="bad: .*negative eigenvalues"):
-            fid.frechet_distance(*pair)
-
-
-@pytest.mark.parametrize("key, values", [
-    ("sigma", [np.eye(7), np.eye(8).astype("U"), np.full((8, 8), np.nan), np.tri(8), -np.eye(8)]),
-    ("mu", [np.zeros((8, 1)), np.full(8, np.inf), np.float64(0)]),
-    ("rows", [np.ones((9, 7), "f"), np.ones(8, "f"), np.ones((9, 8)), np.float32([8 * [np.nan]])]),
-])
-def test_damaged_statistics(key, values, tmp_path):
-    message = r"float32 rows \[m, 8\]" if key == "rows" else r"float64 \[d\] and a covariance"
-    for value in values:
-        arrays = dict(mu=np.zeros(8), sigma=np.eye(8), features="test") | {key: value}
-        with pytest.raises(UserError, match=f"stats.npz: .*expected finite {message}"):
-            fid.Statistics.load(make(tmp_path / "stats.npz", arrays))
 
 
 def test_reference_statistics_are_computed_once(recwarn):
@@ -330,16 +290,13 @@ test_fid.training.run(lambda: None)
         assert n == 3 or one_score[0] > 1.01  # the logits differ: there is something to merge
 
 
-LATENTS = np.zeros((4, 8, 1, 1), np.float32)
-
-
 @pytest.mark.parametrize("samples, reference, message", [
     (pictures(4, 16), None, r"mine: images .*\[16, 16, 1\], but .* has \[8, 8, 1\]"),
     (pictures(4), dict(arr_0=pictures(4, 16)), r"reference.npz: images .*\[16, 16, 1\]"),
     (pictures(4), dict(mu=np.zeros(2048), sigma=np.eye(2048)), "from one network"),
-    (LATENTS, None, "no latents"),
-    (LATENTS, dict(arr_0=pictures(4)), r"generator: .*\[8, 8, 3\]"),
-    (LATENTS, dict(arr_0=pictures(4, 16)), r"generator: .*\[8, 8, 3\]"),  # cropped to this size
+    (np.zeros((4, 8, 1, 1), "f"), None, "no latents"),
+    *[(np.zeros((4, 8, 1, 1), "f"), dict(arr_0=pictures(4, size)), r"generator: .*\[8, 8, 3\]")
+      for size in (8, 16)],  # the reference of latents is cropped to the size that they decode to
 ])
 def test_sizes_before_training(samples, reference, message, tmp_path, monkeypatch):
     monkeypatch.setattr(fid.sample, "latent_decoder", lambda *args: len)
@@ -446,21 +403,39 @@ def test_a_set_against_itself(command, call, capsys, npz, tmp_path):
     assert result["fid"] == pytest.approx(0, abs=1e-9)  # the same images
 
 
-@pytest.mark.parametrize("samples, message", [
-    (dict(arr_0=pictures(1)), "samples.npz: FID needs two images or more"),
-    (dict(arr_0=pictures(0)), "no images"),
-    (dict(arr_0=pictures(4, 8, 3)), r"\[8, 8, 3\], but .* has \[8, 8, 1\]"),
-    (dict(arr_0=pictures(4, 16)), r"\[16, 16, 1\], but .* has \[8, 8, 1\]"),
-    (dict(arr_0=pictures(4).astype(np.float32)), "uint8"),
-    (dict(mu=np.zeros(4)), "not a readable .npz of statistics `mu` and `sigma`"),
-    (dict(mu=np.zeros(2048), sigma=np.eye(2048)), "both sides must come from one network"),
-    (b"this is not an archive", "not a readable .npz"),
-    (None, "no such file"),
-    (pickle.dumps({"mu": np.zeros(2)}), "a reference of EDM2"),
+STATS = dict(mu=np.zeros(8), sigma=np.eye(8), features="test")
+BAD = STATS | dict(sigma=np.eye(8) + 2 * np.eye(8)[::-1])
+PUBLISHED = dict(mu=np.zeros(2048), sigma=np.eye(2048))  # NVIDIA's files name no features
+
+
+@pytest.mark.parametrize("samples, reference, message", [
+    *[(dict(arr_0=images), None, message) for images, message in (
+        (pictures(1), "a.npz: FID needs two images or more"), (pictures(0), "no images"),
+        (pictures(4, 8, 3), r"\[8, 8, 3\], but .* has \[8, 8, 1\]"),
+        (pictures(4, 16), r"\[16, 16, 1\], but .* has \[8, 8, 1\]"),
+        (pictures(4).astype(np.float32), "uint8"))],
+    (b"this is not an archive", None, "not a readable .npz"), (None, None, "no such file"),
+    (pickle.dumps({"mu": np.zeros(2)}), None, "a reference of EDM2"),
+    (PUBLISHED, None, "2048 features of the kind 'inception-2015-12-05'.*from one network"),
+    (STATS, STATS | dict(features="other"), "a.npz .*'test', .*b.npz has 8 of the kind 'other'"),
+    (STATS, dict(mu=np.zeros(3), sigma=np.eye(3), features="test"), "8 features.* 3 of the kind"),
+    (dict(mu=np.zeros(8), sigma=np.eye(8)), STATS, "does not say which features"),
+    (dict(mu=np.zeros(4)), STATS, "not a readable .npz of statistics `mu` and `sigma`"),
+    *[(a, b, f"{name}.npz: sigma has negative eigenvalues")
+      for a, b, name in ((BAD, BAD, "a"), (BAD, STATS, "a"), (STATS, BAD, "b"))],
+    *[(STATS | {key: value}, STATS, r"a.npz: .*expected finite float64 \[d\] and a covariance")
+      for key, value in (
+        ("mu", np.zeros((8, 1))), ("mu", np.full(8, np.inf)), ("mu", np.float64(0)),
+        ("sigma", np.eye(7)), ("sigma", np.eye(8).astype("U")), ("sigma", np.tri(8)),
+        ("sigma", np.full((8, 8), np.nan)), ("sigma", -np.eye(8)))],
+    *[(STATS | {"rows": rows}, STATS, r"a.npz: .*expected finite float32 rows \[m, 8\]")
+      for rows in (np.ones((9, 7), "f"), np.ones(8, "f"), np.ones((9, 8)),
+                   np.full((1, 8), np.nan, "f"))],
 ])
-def test_bad_input_is_one_line(samples, message, refused, tmp_path):
-    path = tmp_path / ("samples.pkl" if "EDM2" in message else "samples.npz")
+def test_bad_input_is_one_line(samples, reference, message, refused, tmp_path):
+    path = tmp_path / ("a.pkl" if "EDM2" in message else "a.npz")
     if samples:
         make(path, samples)
-    error = refused(fid, path, "digits", "--features", NETWORK, "--device", "cpu")
+    other = make(tmp_path / "b.npz", reference) if reference else "digits"
+    error = refused(fid, path, other, "--features", NETWORK, "--device", "cpu")
     assert re.search(message, error), error

@@ -3,6 +3,7 @@ without much memory. FUZZ=20000 tries more than 500 of them, FUZZ_SEED other one
 
 import collections
 import contextlib
+import functools
 import gzip
 import io
 import os
@@ -37,14 +38,11 @@ def read_data(path):
 
 def intact_files(folder):
     """{kind: (name, content, what reads it or its folder)}, {folder/name: content beside it}."""
-    rng, kinds = np.random.default_rng(0), {}
+    rng, kinds, tiny = np.random.default_rng(0), {}, functools.partial(small, channel_mult=(1,))
     pictures, labels = rng.integers(0, 256, (6, 16, 16, 3), np.uint8), np.arange(6)
 
     def add(kind, name, read, content):
         kinds[kind] = name, content if isinstance(content, bytes) else content.read_bytes(), read
-
-    def tiny(architecture):
-        return small(architecture, channel_mult=(1,))
 
     data.write_images([(pictures, labels)], folder / "a.npz")
     add("npz", "a.npz", read_data, folder / "a.npz")
@@ -129,14 +127,10 @@ def damage_inside(content, rng):
     if content[:2] == b"\x1f\x8b":
         return gzip.compress(damage(gzip.decompress(content), rng), 1)
     if content[:4] == b"\x89PNG":
-        out, at, chosen = content[:8], 8, rng.integers(8, len(content))
-        while at < len(content):
-            end = at + 8 + int.from_bytes(content[at:at + 4], "big")
-            body = content[at + 8:end]
-            body = damage(body, rng) if at <= chosen < end + 4 else body
-            out += chunk(content[at + 4:at + 8], body)
-            at = end + 4
-        return out
+        start = rng.choice([m.start() for m in re.finditer(b"IHDR|PLTE|tRNS|IDAT", content)])
+        end = start + 4 + int.from_bytes(content[start - 4:start], "big")
+        body = damage(content[start + 4:end], rng)
+        return content[:start - 4] + chunk(content[start:start + 4], body) + content[end + 4:]
     return damage(content, rng)
 
 
