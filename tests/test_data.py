@@ -173,8 +173,8 @@ def test_photographs_are_turned_upright(tmp_path, orientation, undo):
 
 
 def idx(array):
-    header = (0x800 + array.ndim, *array.shape)
-    return b"".join(n.to_bytes(4, "big") for n in header) + array.astype(np.uint8).tobytes()
+    header = np.array((0x800 + array.ndim, *array.shape), ">u4")
+    return header.tobytes() + array.astype(np.uint8).tobytes()
 
 
 def idx_folder(images, labels):
