@@ -28,31 +28,15 @@ from networks import Denoiser, RatioNetwork
 SECONDS, MEGABYTES = 5, 500  # of processor time, and of memory beyond the most used before
 
 
-def read_data(path):
-    dataset = data.load(path, cache=path.parent / "cache")
-    dataset.batch([0])
-    dataset.fingerprint()
-    if dataset.label_error:
-        dataset.require_labels()
-
-
-def intact_files(folder):
-    """{kind: (name, content, what reads it or its folder)}, {folder/name: content beside it}."""
-    rng, kinds, tiny = np.random.default_rng(0), {}, functools.partial(small, channel_mult=(1,))
-    pictures, labels = rng.integers(0, 256, (6, 16, 16, 3), np.uint8), np.arange(6)
-
-    def add(kind, name, read, content):
-        kinds[kind] = name, content if isinstance(content, bytes) else content.read_bytes(), read
-
-    data.write_images([(pictures, labels)], folder / "a.npz")
-    add("npz", "a.npz", read_data, folder / "a.npz")
-    np.savez_compressed(folder / "a.npz", images=pictures[..., 0], labels=labels)
-    add("npz, compressed", "a.npz", read_data, folder / "a.npz")
+def write_intact_files(folder):
+    """A file of every kind that is read."""
+    rng, tiny = np.random.default_rng(0), functools.partial(small, channel_mult=(1,))
+    pictures, labels = rng.integers(0, 256, (2, 16, 16, 3), np.uint8), np.arange(2)
     labelled, idx_set = images_and_labels(pictures, labels), idx_folder(pictures[..., 0], labels)
-    add("zip of PNG", "a.zip", read_data, make(folder / "a.zip", labelled))
-    latents = {f"{i}.npy": npy(rng.normal(size=(8, 8, 8)).astype(np.float32)) for i in range(4)}
-    add("zip of latents", "a.zip", read_data, make(folder / "latents.zip", latents))
-    add("latent", "latents/a.npy", read_data, latents["0.npy"])
+    latents = {f"{i}.npy": npy(rng.normal(size=(8, 8, 8)).astype(np.float32)) for i in range(2)}
+    for name, content in (("named", labelled), ("named.zip", labelled), ("latents", latents),
+                          ("latents.zip", latents), ("idx", dict(list(idx_set.items())[:2]))):
+        make(folder / name, content)
     for format, mode, options in (
         ("PNG", "RGB", {}), ("PNG", "RGBA", {}), ("PNG", "P", {"transparency": 3}),
         ("JPEG", "RGB", {}), ("JPEG", "CMYK", {"progressive": True}), ("BMP", "RGB", {}),
@@ -60,31 +44,36 @@ def intact_files(folder):
         ("TIFF", "RGB", {"compression": "tiff_lzw"}),
     ):
         content = png(pictures[0], format, mode, **options)
-        add(f"{format}, {mode}", f"set/a.{format.lower()}", read_data, content)
-    add("dataset.json", "named/dataset.json", read_data, labelled["dataset.json"].encode())
-    for name in list(idx_set)[:2]:
-        add(name, f"idx/{name}", read_data, idx_set[name])
-    others = {"set/b.png": png(pictures[1]), **{f"named/{k}": v for k, v in labelled.items()},
-              **{f"idx/{k}": v for k, v in idx_set.items()}}
-    cifar10(folder / "a.tar.gz", n=2)
-    add("CIFAR-10", "a.tar.gz", read_data, folder / "a.tar.gz")
-    net, path = Denoiser(tiny("ddpmpp")), folder / "network.pt"
-    checkpoints.save_network(path, net, role="generator", t_init=2.5)
-    add("network", "network.pt", checkpoints.load_network, path)
-    checkpoints.save_network(path, RatioNetwork(tiny("adm")), role="ratio")
-    add("ratio network", "ratio.pt", checkpoints.load_network, path)
+        make(folder / "set", {f"{mode}.{format.lower()}": content})
+    data.write_images([(pictures, labels)], folder / "ours.npz")
+    np.savez_compressed(folder / "numpys.npz", images=pictures[..., 0], labels=labels)
+    cifar10(folder / "cifar.tar.gz", n=2)
+    net = Denoiser(tiny("ddpmpp"))
+    checkpoints.save_network(folder / "network.pt", net, role="generator", t_init=2.5)
+    checkpoints.save_network(folder / "ratio.pt", RatioNetwork(tiny("adm")), role="ratio")
     for name, protocol in (("ddpmpp", 4), ("adm", 2), ("edm2", 4)):
-        write_published(path, Denoiser(tiny(name)), protocol)
-        add(f"pickle, {name}", "a.pkl", checkpoints.load_network, path)
-    statistics = pickle.dumps({"fid": {"mu": np.zeros(8), "sigma": np.eye(8)}})
-    add("EDM2 reference", "a.pkl", files.read_pickle, statistics)
+        write_published(folder / f"{name}.pkl", Denoiser(tiny(name)), protocol)
     state = {"kind": "training state", "nimg": 7, "list": [1, "a", None], "net": net.state_dict()}
-    for new in (True, False):
-        torch.save(state, path, _use_new_zipfile_serialization=new)
-        add(f"checkpoint, zip {new}", "checkpoint.pt", files.load_checkpoint, path)
-    fid.Statistics(np.zeros(8), np.eye(8), "test", 100, "name").save(path)
-    add("statistics", "a.npz", lambda path: fid.open_side(str(path)), path)
-    return kinds, others
+    torch.save(state, folder / "checkpoint.pt")
+    torch.save(state, folder / "old.checkpoint.pt", _use_new_zipfile_serialization=False)
+    fid.Statistics(np.zeros(8), np.eye(8), "test", 100, "name").save(folder / "statistics.npz")
+    moments = {"fid": {"mu": np.zeros(8), "sigma": np.eye(8)}}
+    (folder / "statistics.pkl").write_bytes(pickle.dumps(moments))
+
+
+def read(path):
+    """As the scripts read a file of this name."""
+    if path.stem == "statistics":
+        fid.open_side(str(path))
+    elif path.name.endswith("checkpoint.pt"):
+        files.load_checkpoint(path)
+    elif path.suffix in (".pt", ".pkl"):
+        checkpoints.load_network(path)
+    else:
+        dataset = data.load(path, cache=path.parent / "cache")
+        dataset.fingerprint()
+        if dataset.label_error:
+            dataset.require_labels()
 
 
 MARKS = (b"PK\1\2 PK\3\4 PK\5\6 \x1f\x8b ustar \x93NUMPY shape descr \0\0\x08 \x89PNG IHDR PLTE "
@@ -136,31 +125,32 @@ def damage_inside(content, rng):
 
 def test_no_damaged_file_leads_to_a_traceback_or_a_line_without_its_name(tmp_path, monkeypatch):
     count, seed = int(os.environ.get("FUZZ", 500)), int(os.environ.get("FUZZ_SEED", 1))
-    kinds, others = intact_files(tmp_path)
+    write_intact_files(intact := tmp_path / "intact")
+    paths = sorted(path.relative_to(intact) for path in intact.rglob("*.*"))
     refused = collections.Counter()
-    for number in range(-len(kinds), count):
-        label, rng = list(kinds)[number % len(kinds)], np.random.default_rng([seed, max(number, 0)])
-        print(number, label)  # pytest shows the last one after a failure
-        name, content, read = kinds[label]
+    for number in range(-len(paths), count):
+        path, rng = paths[number % len(paths)], np.random.default_rng([seed, max(number, 0)])
+        print(number, path)  # pytest shows the last one after a failure
+        content, trial, part = (intact / path).read_bytes(), tmp_path / "trial", path.parts[0]
+        trial.mkdir()
+        if path.name != part:
+            shutil.copytree(intact / part, trial / part)
         if number >= 0:
             content = (damage, damage_inside)[rng.integers(2)](content, rng)
-        folder, part = tmp_path / "trial", name.split("/")[0]
-        beside = {k: v for k, v in others.items() if "/" in name and k.startswith(part)}
-        folder.mkdir()
-        make(folder, {**beside, name: content})
+        (trial / path).write_bytes(content)
         # Mapped, through the cache, or in memory.
         monkeypatch.setattr(data, "MEMORY_LIMIT", int(rng.choice([1000, 2**28])))
         memory, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         try:
             with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                read(folder / part)
+                read(trial / part)
         except files.UserError as error:
-            refused[label] += 1
-            assert number >= 0 and str(folder / part) in str(error)
+            refused[path] += 1
+            assert number >= 0 and str(trial / part) in str(error)
             assert re.search("; |expected|give|use", str(error))  # what to do
         assert time.process_time() - started < SECONDS
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
         assert grown < MEGABYTES * 1024
-        shutil.rmtree(folder)
-    assert all(refused[label] for label in kinds)
+        shutil.rmtree(trial)
+    assert all(refused[path] for path in paths)
