@@ -10,21 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-# Whoever starts the tests in the background may have these ignored.
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has these ignored
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
-from machinery import checkpoints  # noqa: E402
-from machinery import training  # noqa: E402
+from machinery import checkpoints, training  # noqa: E402
 
 # Eight steps. A later --device takes precedence.
-SHORT = ["--device", "cpu", "--precision", "fp32", "--kimg", "0.256", "--batch", "32", "--grid-kimg", "100"]
+SHORT = "--device cpu --precision fp32 --kimg 0.256 --batch 32 --grid-kimg 100".split()
 
 
 @pytest.fixture(params=["cpu", *["cuda"] * torch.cuda.is_available()])
 def device(request):
-    """"cpu" and, where there is one, "cuda", with the settings that the scripts make for it: no TF32."""
+    """"cpu" and, where there is one, "cuda", set up as the scripts do."""
     training.start(request.param)
     return request.param
 
@@ -40,7 +39,7 @@ def one_thread():
 
 @pytest.fixture
 def call(monkeypatch):
-    """Function (script module, *arguments): run a script in this process, as the command line would."""
+    """Function (script module, *arguments): run a script in this process."""
 
     def run(script, *args):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, args)])
@@ -51,7 +50,7 @@ def call(monkeypatch):
 
 @pytest.fixture
 def refused(call, capsys):
-    """Function (script, *arguments) -> the one line with which the script refuses them, at exit code 2."""
+    """Function (script, *arguments) -> its one error line; its exit code is 2."""
 
     def run(script, *args):
         capsys.readouterr()
@@ -67,10 +66,11 @@ def refused(call, capsys):
 
 @pytest.fixture(scope="session")
 def stage1(tmp_path_factory):
-    """The folder of a stage 1 on the digits: a run of eight steps, with the network.pt of a run of full length from assets/."""
+    """A run of eight steps of stage 1 on the digits, with the network of a full run."""
     out = tmp_path_factory.mktemp("stage1")
     command = [sys.executable, ROOT / "pretrain.py", *SHORT, "--outdir", out]
-    subprocess.run([str(c) for c in command], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
     shutil.copy(ROOT / "assets" / "digits-stage1.pt", out / "network.pt")
     return out
 
@@ -86,10 +86,10 @@ def same(a, b):
 
 
 def alike(a, b, start, share=0.01):
-    """Whether two trainings from the weights `start` differ by rounding alone: by less than `share` of the way they went.
+    """Whether two trainings from `start` differ by less than `share` of the way they went.
 
-    No bound on single weights would hold: Adam with beta1 = 0 begins with a full step along the sign of each gradient, and
-    where that is nearly zero, rounding decides the sign.
+    No bound on single weights holds: Adam begins with a full step along each gradient's sign,
+    which rounding decides where the gradient is nearly zero.
     """
-    apart, way = (torch.cat([(a[k] - other[k]).flatten() for k in a]).norm() for other in (b, start))
+    apart, way = (torch.cat([(a[k] - c[k]).flatten() for k in a]).norm() for c in (b, start))
     return a.keys() == b.keys() == start.keys() and apart < share * way

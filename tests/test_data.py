@@ -23,7 +23,6 @@ from machinery.files import UserError
 
 RGB, GRAY = (np.random.default_rng(c).integers(0, 256, (6, 8, 8, c), np.uint8) for c in (3, 1))
 WHITE, COLOUR, MIXED, ALPHAS = (255, 255, 255), (200, 30, 90), (227, 142, 172), (0, 128, 255)
-folder_or_zip = pytest.mark.parametrize("kind", ["set", "set.zip"])
 mapped_or_in_memory = pytest.mark.parametrize("cache", [100, 2**28], indirect=True)
 
 
@@ -50,8 +49,9 @@ def make(path, files):
     """A folder or .zip of {name: bytes, str or None (left out)}, a .npz of arrays, or bytes."""
     if isinstance(files, bytes):
         path.write_bytes(files)
-    elif path.suffix == ".npz":
-        np.savez(path, **files)
+    elif path.suffix.lower() == ".npz":
+        with open(path, "wb") as file:
+            np.savez(file, **files)
     else:
         for name, content in files.items():
             if path.suffix == ".zip":
@@ -85,7 +85,6 @@ def test_digits_are_embedded_a_folder_of_that_name_is_pointed_out(tmp_path, monk
     assert digits.images.max() == 255 and len(np.unique(digits.images)) == 17
     assert digits.class_frequencies() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert digits.classes is None and "test set" in error_of("digits:test")
-    assert error_of("set").startswith("set: no such file or data set")
     make(tmp_path / "digits", {"0.png": png(RGB[0])})
     monkeypatch.chdir(tmp_path)
     assert len(data.load("digits")) == 1797 and "./digits" in capsys.readouterr().err
@@ -93,65 +92,63 @@ def test_digits_are_embedded_a_folder_of_that_name_is_pointed_out(tmp_path, monk
 
 
 @mapped_or_in_memory
-@pytest.mark.parametrize("kind", ["set", "set.zip", "set.npz", "idx"])
+@pytest.mark.parametrize("kind", ["set", "set.zip", "set.npz", "gray.NPZ", "idx"])
 @pytest.mark.parametrize("resolution", [None, 8])
-def test_images_with_labels_from_every_kind_of_file(tmp_path, kind, cache, resolution):
+def test_images_with_labels_from_every_kind_of_file(tmp_path, kind, cache, resolution, capsys):
     """Large folders and zips are converted once and memory-mapped. `--resolution` as EDM's dataset
     tool: Pillow's Lanczos filter on the largest square in the middle."""
     labels, mapped = [3, 1, 4, 1, 5, 9], data.MEMORY_LIMIT == 100 and kind in ("set", "set.zip")
-    shape = 6, *((12, 17) if resolution else (8, 8)), 1 if kind == "idx" else 3
+    shape = 6, *((12, 17) if resolution else (8, 8)), 1 if kind in ("gray.NPZ", "idx") else 3
     images = expected = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     if resolution:
         squares = [Image.fromarray(image.squeeze()[:, 2:14]) for image in images]
         expected = [square.resize((8, 8), Image.Resampling.LANCZOS) for square in squares]
         expected = np.reshape(expected, (6, 8, 8, -1))
     hidden = dict.fromkeys([".hidden.png", "@eaDir/0.png", "__MACOSX/0.png"], "not an image")
-    path = make(tmp_path / kind, {"arr_0": images, "arr_1": labels} if kind == "set.npz" else
-                idx_folder(images[..., 0], labels) if kind == "idx" else
-                images_and_labels(images, labels) | hidden)
-    for decode in (data._decode_image, None if mapped else data._decode_image):
-        with mock.patch.object(data, "_decode_image", decode):
-            dataset = data.load(path, cache, resolution)
+    path = make(tmp_path / kind, {
+        "set.npz": {"arr_0": images, "arr_1": labels},
+        "gray.NPZ": {"images": images[..., 0], "labels": np.int32(labels)},
+        "idx": {name.replace("-idx", ".idx").removesuffix(".gz"): gzip.decompress(content)
+                for name, content in idx_folder(images[..., 0], labels).items()},  # as Kaggle does
+    }.get(kind) or images_and_labels(images, labels) | hidden)
+    for _ in range(2):
+        dataset = data.load(path, cache, resolution)
         assert np.array_equal(dataset.images, expected) and dataset.labels.tolist() == labels
         assert dataset.labels.dtype == np.int64 and dataset.label_dim == 10
         assert isinstance(dataset.images, np.memmap) == mapped
-        assert dataset.fingerprint() == data.Dataset("in memory", expected).fingerprint()
-        assert np.array_equal(dataset.batch([3, 1, 3])[0], expected[[3, 1, 3]])
+        batch, some = dataset.batch([3, 1, 3])
+        assert np.array_equal(batch, expected[[3, 1, 3]]) and some.tolist() == [1, 1, 1]
+    assert capsys.readouterr().err.count("converting") == mapped
     if resolution:
         assert data.load(path, cache, 12).resolution == 12  # not the cache of the other
         assert "--resolution" in error_of(path, cache)
 
 
 @mapped_or_in_memory
-def test_gray_stays_gray_and_one_colour_image_makes_all_rgb(tmp_path, cache):
-    files = {f"{i}.png": png(image) for i, image in enumerate(GRAY)}
-    assert np.array_equal(data.load(make(tmp_path / "gray", files), cache).images, GRAY)
-    for place, name in ((6, "9.png"), (0, "!.png")):
-        mixed = make(tmp_path / f"colour {place}", {**files, name: png(RGB[0])})
-        expected = np.insert(GRAY.repeat(3, axis=3), place, RGB[0], axis=0)
-        assert np.array_equal(data.load(mixed, cache).images, expected)
-
-
-@pytest.mark.parametrize("format, mode", [
-    ("PNG", "P"), ("PNG", "LA"), ("PNG", "RGBA"), ("JPEG", "CMYK"), ("BMP", "RGB"),
-    ("WEBP", "RGB"), ("PNG", "1"), ("PNG", "L"), ("TIFF", "RGB"), ("GIF", "P"), ("AVIF", "RGB"),
+@pytest.mark.parametrize("images, resolution, expected", [
+    (GRAY, None, GRAY),
+    ([*GRAY, RGB[0]], None, [*GRAY.repeat(3, axis=3), RGB[0]]),  # one colour image makes all RGB
+    ([RGB[0], *GRAY], None, [RGB[0], *GRAY.repeat(3, axis=3)]),
+    ([RGB[0], np.pad(RGB[1], [(2, 3), (0, 0), (0, 0)])], 8, RGB[:2]),  # resized only if needed
 ])
-def test_every_mode_becomes_gray_or_rgb(tmp_path, format, mode):
-    content = png(np.full((8, 8, 3), 255, np.uint8), format, mode)
-    dataset = data.load(make(tmp_path / "set", {f"0.{format}": content}))  # upper case counts too
-    assert dataset.channels == (1 if mode in ("1", "L", "LA") else 3)
-    assert (dataset.images == 255).all()
+def test_images_that_differ_become_alike(tmp_path, cache, images, resolution, expected):
+    files = {f"{i}.png": png(image) for i, image in enumerate(images)}
+    dataset = data.load(make(tmp_path / "set", files), cache, resolution)
+    assert np.array_equal(dataset.images, expected)
 
 
 @pytest.mark.parametrize("format, mode, columns, seen", [
     ("PNG", "RGBA", [(*COLOUR, alpha) for alpha in ALPHAS], [WHITE, MIXED, COLOUR]),
     ("WEBP", "RGBA", [(*COLOUR, alpha) for alpha in ALPHAS], [WHITE, MIXED, COLOUR]),
     ("PNG", "LA", [(200, alpha) for alpha in ALPHAS], [255, 227, 200]),
-    # PNGs without an alpha channel can name one colour that is transparent (the chunk tRNS).
+    # Without an alpha channel a file can name one colour that is transparent (PNG's chunk tRNS).
     ("PNG", "RGB", [COLOUR, (1, 2, 3)], [WHITE, (1, 2, 3)]), ("PNG", "L", [77, 0], [255, 0]),
     ("PNG", "1", [0, 1], [255, 255]), ("PNG", "P", [0, 1], [WHITE, (4, 5, 6)]),
+    ("GIF", "P", [0, 1], [WHITE, (4, 5, 6)]), ("TIFF", "P", [0, 1], [(1, 2, 3), (4, 5, 6)]),
+    *[(format, "RGB", [WHITE], [WHITE]) for format in ("BMP", "WEBP", "TIFF", "AVIF")],
+    ("JPEG", "CMYK", [(0, 0, 0, 0)], [WHITE]), ("JPEG", "L", [77], [77]),
 ])
-def test_transparent_parts_lie_on_white(tmp_path, format, mode, columns, seen):
+def test_every_mode_becomes_gray_or_rgb_on_white(tmp_path, format, mode, columns, seen):
     """The colour under transparent parts is not seen, half-transparent parts are mixed."""
     image = Image.new(mode, (len(columns),) * 2)
     if mode == "P":
@@ -160,7 +157,7 @@ def test_transparent_parts_lie_on_white(tmp_path, format, mode, columns, seen):
         image.paste(colour, (x, 0, x + 1, len(columns)))
     one = {} if "A" in mode else {"transparency": columns[0]}
     content = png(image, format, lossless=True, exact=True, **one)
-    rows = data.load(make(tmp_path / "set", {f"0.{format.lower()}": content})).images[0].astype(int)
+    rows = data.load(make(tmp_path / "set", {f"0.{format}": content})).images[0].astype(int)
     seen = np.reshape(seen, (1, len(columns), -1))
     assert rows.shape[1:] == seen.shape[1:] and np.abs(rows - seen).max() <= 1  # two roundings
     assert (rows[:, [0, -1]] == seen[:, [0, -1]]).all()  # where nothing is mixed
@@ -175,48 +172,28 @@ def test_photographs_are_turned_upright(tmp_path, orientation, undo):
     assert np.array_equal(data.load(make(tmp_path / "set", files)).images, RGB[:2])
 
 
-def test_npz_with_other_names(tmp_path):
-    np.savez_compressed(tmp_path / "a.npz", images=RGB, labels=np.arange(6, dtype=np.int32))
-    dataset = data.load((tmp_path / "a.npz").rename(tmp_path / "a.NPZ"))
-    assert np.array_equal(dataset.images, RGB) and dataset.labels.tolist() == list(range(6))
-    path = make(tmp_path / "gray.npz", {"arr_0": GRAY[..., 0]})  # without an axis for channels
-    assert np.array_equal(data.load(path).images, GRAY)
-
-
 def idx(array):
-    header = (0x800 + array.ndim, *array.shape)
-    return b"".join(n.to_bytes(4, "big") for n in header) + array.astype(np.uint8).tobytes()
+    header = np.array((0x800 + array.ndim, *array.shape), ">u4")
+    return header.tobytes() + array.astype(np.uint8).tobytes()
 
 
 def idx_folder(images, labels):
-    return {"train-images-idx3-ubyte.gz": gzip.compress(idx(images)),
-            "train-labels-idx1-ubyte": idx(np.array(labels)),
-            "t10k-images-idx3-ubyte": idx(images[:2]),
-            "t10k-labels-idx1-ubyte.gz": gzip.compress(idx(np.array([7, 7])))}
-
-
-def test_idx_folder_has_a_training_and_a_test_set(tmp_path):
-    files = {name.replace("-idx", ".idx"): content for name, content in IDX.items()}
-    folder = make(tmp_path / "mnist", files)  # named as Kaggle does
-    train, test = data.load(folder), data.load(f"{folder}:test")
-    assert np.array_equal(train.images, GRAY) and train.labels.tolist() == list(range(6))
-    assert np.array_equal(test.images, GRAY[:2]) and test.labels.tolist() == [7, 7]
+    arrays = {"train-images-idx3-ubyte": images, "train-labels-idx1-ubyte": np.array(labels),
+              "t10k-images-idx3-ubyte": images[:2], "t10k-labels-idx1-ubyte": np.array([7, 7])}
+    return {f"{name}.gz": gzip.compress(idx(array)) for name, array in arrays.items()}
 
 
 def test_fashion_mnist_is_debians_or_downloaded_and_checked(tmp_path, monkeypatch):
     """Small files stand in for the real ones, as Debian's package or behind an address."""
-    files = {f"{k.removesuffix('.gz')}.gz": gzip.compress(v) if v[:1] == b"\0" else v
-             for k, v in IDX.items()}
     (_, hashes), cache = data.DOWNLOADS["fashion-mnist"], tmp_path / "cache"
-    here, nowhere = make(tmp_path / "here", files), (tmp_path / "nowhere").as_uri()
-    assert sorted(hashes) == sorted(files)
+    here, nowhere = make(tmp_path / "here", IDX), (tmp_path / "nowhere").as_uri()
     monkeypatch.setattr(data, "FASHION_MNIST", here)
     assert np.array_equal(data.load("fashion-mnist").images, GRAY)
     monkeypatch.setattr(data, "FASHION_MNIST", tmp_path / "not installed")
     monkeypatch.setitem(data.DOWNLOADS, "fashion-mnist", (f"{here.as_uri()}/", hashes))
     message = error_of("fashion-mnist", cache)
     assert "train-images-idx3-ubyte.gz is damaged" in message and not list(cache.rglob("*.gz"))
-    md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    md5 = {name: hashlib.md5(content).hexdigest() for name, content in IDX.items()}
     for url in (here.as_uri(), nowhere):  # nothing is fetched twice
         monkeypatch.setitem(data.DOWNLOADS, "fashion-mnist", (f"{url}/", md5))
         test = data.load("fashion-mnist:test", cache)
@@ -225,16 +202,15 @@ def test_fashion_mnist_is_debians_or_downloaded_and_checked(tmp_path, monkeypatc
     assert nowhere in message and str(tmp_path / "other" / "fashion-mnist") in message
 
 
-def cifar10(path, n=4, **replace):
-    """A small cifar-10-binary.tar.gz. `replace`: content of a batch. Returns images, labels."""
-    rng, names = np.random.default_rng(0), [f"data_batch_{i}" for i in range(1, 6)]
-    records = rng.integers(0, 10, (6, n, 3073), np.uint8)
-    contents = dict(zip([*names, "test_batch"], map(bytes, records))) | replace
+def cifar10(path, n=4):
+    """A small cifar-10-binary.tar.gz. Returns its images and labels."""
+    records = np.random.default_rng(0).integers(0, 10, (6, n, 3073), np.uint8)
     with tarfile.open(path, "w:gz") as tar:
-        for name in sorted(contents, reverse=True):
+        for i in (6, 5, 4, 3, 2, 1):
+            name = f"data_batch_{i}" if i < 6 else "test_batch"
             member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
-            member.size = len(contents[name])
-            tar.addfile(member, io.BytesIO(contents[name]))
+            member.size = n * 3073
+            tar.addfile(member, io.BytesIO(records[i - 1].tobytes()))
     records = records.reshape(-1, 3073)
     return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0]
 
@@ -246,15 +222,12 @@ def test_cifar10_and_other_forms_of_it_name_the_archive_to_give(tmp_path):
                     "bad/python/data_batch_1": "...", "bad/binary/data_batch_1.bin": "..."})
     images, labels = cifar10(archive)
     train = data.load("cifar10", cache=tmp_path)  # found in the cache folder, so not downloaded
-    assert train.images.flags.c_contiguous  # so that a batch is read in one piece per image
     for found, part in ((train, slice(20)), (data.load(f"{archive}:test"), slice(20, 24))):
         assert np.array_equal(found.images, images[part])
         assert np.array_equal(found.labels, labels[part])
     with tarfile.open(bad / "cifar-10-python.tar.gz", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("cifar-10-batches-py/data_batch_1"))
-    cifar10(bad / "short.tar.gz", data_batch_1=bytes(3072))
-    whole = archive.read_bytes()
-    make(bad, {"half.tar.gz": whole[:len(whole) // 2]})
+    (bad / "half.tar.gz").write_bytes(archive.read_bytes()[:20_000])
     for path in bad.iterdir():
         message = error_of(path)
         assert path.name in message and "give cifar-10-binary.tar.gz" in message
@@ -273,7 +246,7 @@ def test_each_folder_is_read_once_and_files_that_are_not_read_are_named(tmp_path
         assert "3 files not read: .heic .psd" in capsys.readouterr().err
 
 
-@folder_or_zip
+@pytest.mark.parametrize("kind", ["set", "set.zip"])
 @pytest.mark.parametrize("names, spelled, labels, classes", [
     *[([top + n for n in ("dog/x/1.png", "cat/1.png", "ant/b.png", "dog/0.png")], None,
        [0, 1, 2, 2], ["ant", "cat", "dog"]) for top in ("", "pets/", "some/where/")],
@@ -300,17 +273,6 @@ def test_classes_without_images_are_left_out_where_labels_are_asked_for(capsys):
     assert not capsys.readouterr().err
 
 
-def test_bytes_to_network_and_back():
-    """x/127.5 - 1 takes 0..255 to [-1, 1]; to_uint8 inverts it for every byte, rounds and clips."""
-    raw = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    dataset = data.Dataset("all bytes", raw)
-    x = dataset.to_model(dataset.batch([0])[0], "cpu")
-    assert x.shape == (1, 1, 16, 16) and x.dtype == torch.float32 and (x.min(), x.max()) == (-1, 1)
-    assert np.array_equal(data.to_uint8(x), raw)
-    x = torch.tensor([-9.0, 9.0, 0.001]).view(3, 1, 1, 1)
-    assert data.to_uint8(x).ravel().tolist() == [0, 255, 128]
-
-
 def test_latents_are_mean_plus_std_times_noise_then_normalised(tmp_path):
     rng = np.random.default_rng(0)
     mean, std = rng.normal(size=(3, 4, 8, 8)), rng.uniform(0.1, 1, (3, 4, 8, 8))
@@ -320,27 +282,20 @@ def test_latents_are_mean_plus_std_times_noise_then_normalised(tmp_path):
     dataset = data.load(path := make(tmp_path / "latents.zip", files))
     assert dataset.is_latent and np.array_equal(dataset.images, arrays)
     assert (dataset.resolution, dataset.channels, dataset.label_dim) == (8, 4, 3)
-    raw, labels = dataset.batch([2, 0])
-    assert labels.tolist() == [2, 0]
     eps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    x = dataset.to_model(raw, "cpu", eps=eps)
+    rt = training.Runtime(torch.device("cpu"), batch=2)
+    rt.randn = lambda *shape: eps if shape == (4, 8, 8) else None
+    x, labels = data.Batches(dataset, rt, seed=0).training_batch(xflip=False)
+    raw, _ = dataset.batch(labels)
     # Some six float32 roundings of numbers below 10, divided by 4.62 * 2.
-    channel = arrays[2, 1] + arrays[2, 5] * eps[0, 1].numpy()
-    assert torch.allclose(x[0, 1], torch.from_numpy((channel - 3.25) / 4.62 * 0.5), atol=1e-6)
-    mean = data.denormalise_latents(dataset.to_model(raw, "cpu"))
-    assert torch.allclose(mean, raw[:, :4], atol=1e-5)
-    for refused, call in (("flip", lambda: dataset.to_model(raw, "cpu", flip=torch.ones(2) > 0)),
-                          ("latents.zip: latents cannot be res", lambda: data.load(path, None, 8))):
-        with pytest.raises(UserError, match=refused):
-            call()
-
-
-def test_fingerprint_depends_on_shape_and_content_only():
-    changed, same = RGB.copy(), data.Dataset("b", RGB.copy(), np.arange(6)).fingerprint()
-    changed[5, 7, 7, 2] ^= 1
-    sets = RGB, changed, GRAY[:4], GRAY[:4].reshape(1, 16, 16, 1)
-    found = [data.Dataset("a", images).fingerprint() for images in sets]
-    assert found[0] == same and len(set(found)) == 4
+    channel = raw[:, 1] + raw[:, 5] * eps[:, 1]
+    assert torch.allclose(x[:, 1], (channel - 3.25) / 4.62 * 0.5, atol=1e-6)
+    decoded = data.denormalise_latents(dataset.to_model(raw, "cpu"))
+    assert torch.allclose(decoded, raw[:, :4], atol=1e-5)
+    with pytest.raises(UserError, match="flip"):
+        dataset.to_model(raw, "cpu", flip=torch.ones(2) > 0)
+    with pytest.raises(UserError, match="latents.zip: latents cannot be resized"):
+        data.load(path, resolution=8)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
@@ -358,15 +313,6 @@ def test_the_cache_is_never_unfinished_nor_outdated_and_damage_is_named(tmp_path
         cached.write_bytes(cached.read_bytes()[:300])
     message = error_of(folder, cache)
     assert str(cache / "datasets") in message and "delete" in message
-
-
-def test_resolution_unites_sizes_and_keeps_what_fits(tmp_path):
-    tall, large = np.pad(RGB[1], [(2, 3), (0, 0), (0, 0)]), RGB[2].repeat(5, 0).repeat(5, 1)
-    files = {f"{i}.png": png(image) for i, image in enumerate([RGB[0], tall, large])}
-    assert "--resolution" in error_of(folder := make(tmp_path / "set", files))
-    images = data.load(folder, resolution=8).images
-    assert np.array_equal(images[:2], RGB[:2]) and images.shape == (3, 8, 8, 3)
-    assert np.array_equal(data.load("digits", resolution=8).images, data.load("digits").images)
 
 
 def take(count, n, batch, seed=0, start=0, rank=0, world_size=1):
@@ -392,24 +338,17 @@ def test_every_image_comes_once_per_epoch_in_an_order_that_depends_on_the_seed_a
     assert [first + second for first, second in zip(*ranks)] == alone
 
 
-def test_batches_in_any_order_and_training_batches_with_what_the_runtime_draws():
-    rt, eps = training.Runtime(torch.device("cpu"), batch=6), torch.full((2, 4, 8, 8), 0.5)
-    dataset = data.Dataset("rgb", RGB, np.arange(6))
-    raw, labels = dataset.batch([5, 0, 5])
-    assert np.array_equal(raw, RGB[[5, 0, 5]]) and labels.tolist() == [5, 0, 5]
-    assert data.Dataset("rgb", RGB).batch(torch.tensor([1]))[1] is None
-    order, draws = data.Batches(dataset, rt, seed=0), [0.1, 0.9, 0.9, 0.1, 0.49, 0.51]
+def test_training_batches_are_flipped_and_in_minus_one_to_one_and_become_bytes_again():
+    rt, draws = training.Runtime(torch.device("cpu"), batch=6), [0.1, 0.9, 0.9, 0.1, 0.49, 0.51]
+    order = data.Batches(data.Dataset("rgb", RGB, np.arange(6)), rt, seed=0)
     rt.rand = lambda: torch.tensor(draws)
     for xflip in (True, False):
         x, labels = order.training_batch(xflip)
         expected = [RGB[i][:, ::-1 if xflip and u < 0.5 else 1] for i, u in zip(labels, draws)]
         assert np.array_equal(data.to_uint8(x), expected)
-    latents = np.random.default_rng(0).normal(size=(3, 8, 8, 8)).astype(np.float32)
-    dataset, rt = data.Dataset("l", latents, np.arange(3)), training.Runtime(rt.device, batch=2)
-    order = data.Batches(dataset, rt, seed=0)
-    rt.randn = lambda *shape: eps if shape == (4, 8, 8) else None
-    x, labels = order.training_batch(xflip=False)
-    assert torch.equal(x, dataset.to_model(dataset.batch(labels)[0], "cpu", eps=eps))
+        assert x.shape == (6, 3, 8, 8) and x.dtype == torch.float32 and x.aminmax() == (-1, 1)
+    x = torch.tensor([-9.0, 9.0, 0.001]).view(3, 1, 1, 1)  # to_uint8 rounds and clips
+    assert data.to_uint8(x).ravel().tolist() == [0, 255, 128]
 
 
 def test_save_grid_enlarges_by_whole_pixels_and_fills_row_by_row(tmp_path):
@@ -433,14 +372,13 @@ def test_what_is_written_can_be_loaded(tmp_path, out, labelled):
     assert dataset.labels.tolist() == list(range(12)) if labelled else dataset.labels is None
 
 
-def test_npz_is_what_numpy_reads_and_what_exists_stays(tmp_path):
+def test_what_exists_stays(tmp_path):
     def stopped():
         yield GRAY, None
         raise KeyboardInterrupt
 
     latents = np.ones((2, 4, 8, 8), np.float32)
-    data.write_images([(GRAY, np.arange(6))], tmp_path / "a.npz")
-    data.write_images([(latents, None)], tmp_path / "b.npz")
+    data.write_images([(latents, np.arange(2))], tmp_path / "a.npz")
     make(tmp_path, {"mine.png": "precious"})
     for parts, out, error in (
         (stopped(), "a.npz", KeyboardInterrupt), (stopped(), "folder", KeyboardInterrupt),
@@ -449,57 +387,46 @@ def test_npz_is_what_numpy_reads_and_what_exists_stays(tmp_path):
     ):
         with pytest.raises(error, match=None if parts else "exists already"):
             data.write_images(parts, tmp_path / out)
-    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
-        assert np.array_equal(a["arr_0"], GRAY) and a["arr_1"].tolist() == list(range(6))
-        assert np.array_equal(b["latents"], latents) and b.files == ["latents"]
+    with np.load(tmp_path / "a.npz") as file:
+        assert np.array_equal(file["latents"], latents) and file["arr_1"].tolist() == [0, 1]
     assert (tmp_path / "mine.png").read_bytes() == b"precious"
-    assert sorted(os.listdir(tmp_path)) == ["a.npz", "b.npz", "mine.png"]
+    assert sorted(os.listdir(tmp_path)) == ["a.npz", "mine.png"]
+
+
+def chunk(kind, content):
+    """A chunk of a PNG file."""
+    check_sum = zlib.crc32(kind + content).to_bytes(4, "big")
+    return len(content).to_bytes(4, "big") + kind + content + check_sum
 
 
 def png_header(size, depth, colours):
     """A PNG with nothing but its header, the only place that tells 16 bits of RGB from 8."""
     fields = size.to_bytes(4, "big") * 2 + bytes([depth, colours, 0, 0, 0])
-    file = b"\x89PNG\r\n\x1a\n"
-    for kind, content in ((b"IHDR", fields), (b"IDAT", b""), (b"IEND", b"")):
-        file += len(content).to_bytes(4, "big") + kind + content
-        file += zlib.crc32(kind + content).to_bytes(4, "big")
-    return file
+    return PNG[:8] + chunk(b"IHDR", fields) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
-BOTH, IMAGES, LABELS = "set set.zip", "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte"
 PNG, JSON, NO, DEPTH = png(RGB[0]), "dataset.json", ["has no labels"], ["convert it to 8 bits"]
 IDX, LATENT = idx_folder(GRAY[..., 0], range(6)), npy(np.zeros((8, 8, 8), np.float32))
-NOISE = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
-np.savez(SAVED := io.BytesIO(), NOISE)
-np.savez_compressed(PACKED := io.BytesIO(), NOISE)
-NPZ = SAVED.getvalue(), PACKED.getvalue()
-NAMES = "cat/0.png cat/1.png", "cat/0.png 1.png", "0.png 1.png"
+BOTH, (IMAGES, LABELS, *_) = "set set.zip", IDX
 BAD_IMAGES = [
     (BOTH, {"notes.txt": "no image"}, ["0 images"]),
-    (BOTH, {"a.png": PNG, "b.png": png(NOISE[0, :9, :9])},
+    (BOTH, {"a.png": PNG, "b.png": png(np.zeros((9, 9, 3), np.uint8))},
      ["b.png", "[9, 9, 3]", "a.png", "[8, 8, 3]", "--resolution"]),
     (BOTH, {"a.png": png(RGB[0, :, :6])}, ["a.png", "6x8", "square", "--resolution"]),
     (BOTH, {"a.png": "this is text"}, ["a.png", "not an image"]),
-    (BOTH, {"a.png": png(NOISE[0])[:5000]}, ["a.png", "truncated"]),
     (BOTH, {"a.png": png_header(14000, 8, 2)}, ["a.png: too large"]),  # not damaged
     *[(BOTH, {"a.png": png_header(8, 16, colours)}, DEPTH) for colours in (0, 2, 4, 6)],
     *[(BOTH, {"a.tif": png(Image.new(mode, (8, 8)), "TIFF")}, DEPTH) for mode in ("F", "I;16")],
     (BOTH, {"a.png": PNG, "b.npy": LATENT}, ["1 images", "1 latents"]),
     (BOTH, {"a.npy": npy(np.zeros((4, 8, 8), np.float32))}, ["a.npy", "[N, 8, h, h]"]),
-    (BOTH, {"a.npy": LATENT, "b.npy": npy(np.zeros((8, 4, 4), np.float32))},
-     ["b.npy", "[8, 4, 4]", "[8, 8, 8]"]),
-    *[(BOTH, {"a.npy": content}, ["a.npy"]) for content in (LATENT[:200], pickle.dumps([1]))],
+    (BOTH, {"a.npy": pickle.dumps([1])}, ["a.npy"]),
     ("a.npz", {"mu": np.eye(4), "sigma": np.eye(4)}, ["holds ['mu', 'sigma'], but no images"]),
     *[("a.npz", {"arr_0": np.zeros(shape, np.uint8)}, [words]) for shape, words in (
-        ((2, 8, 8, 4), "[2, 8, 8, 4]"), ((8, 8), "[8, 8]"), ((0, 8, 8, 3), "no images"),
-        ((2, 8, 9, 3), "square"))],
+        ((2, 8, 8, 4), "[2, 8, 8, 4]"), ((0, 8, 8, 3), "no images"), ((2, 8, 9, 3), "square"))],
     ("nowhere", {}, ["digits"]), ("notes.txt text.zip text.npz", b"this is text", []),
-    *[("half.npz", whole[:len(whole) // 2], []) for whole in NPZ],
-    *[("changed.npz", whole[:6000] + b"x" + whole[6001:], []) for whole in NPZ],
     *[("set", IDX | {IMAGES: content}, [IMAGES, words]) for content, words in (
-        (IDX[IMAGES][:-20], "ended before"), (b"this is no gzip file", "gzip"),
-        (gzip.compress(gzip.decompress(IDX[IMAGES])[:-1]), "size 383"),
-        (gzip.compress(b"\0\0\x08\x03" + b"\xff" * 12), "damaged"))],
+        (IDX[IMAGES][:-20], "ended before"),
+        (gzip.compress(gzip.decompress(IDX[IMAGES])[:-1]), "size 383"))],
     ("set", IDX | {IMAGES: None}, [f"has no {IMAGES[:-3]}"]),
 ]
 BAD_LABELS = [
@@ -508,19 +435,17 @@ BAD_LABELS = [
         ('1], ["c.png", 0]]}',
          "1 images without a label ['b.png'], 1 labels without an image ['c.png']"),
         ('1], ["b.png", -1]]}', "b.png is -1"), ('1], ["b.png", 1.5]]}', "b.png is 1.5"),
-        ('[1, 0]], ["b.png", [0, 1]]]}', "a.png is [1, 0]"),
         ('1], ["b.png", 0], ["./a.png", 0]]}', "a.png is listed with two labels"),
         ('1], 2]}', "not of the form"), ("", "not of the form"))],
-    (BOTH, {"a.png": PNG, JSON: '{"classes": []}'}, [JSON, "not of the form"]),
-    *[(BOTH, dict.fromkeys(names.split(), PNG), NO) for names in NAMES],
+    *[(BOTH, {name: PNG, "1.png": PNG}, NO) for name in ("cat/0.png", "0.png")],
+    (BOTH, {"cat/0.png": PNG, "cat/1.png": PNG}, NO),
     (BOTH, {"00000/0.png": PNG, "00001/1.png": PNG}, ["five digits are no classes"]),  # write_images
     (BOTH, {"cat/0.png": PNG, "dog/1.png": PNG, JSON: '{"labels": null}'}, NO),
     *[("a.npz", {"arr_0": RGB[:2], "arr_1": np.array(labels)}, [words]) for labels, words in (
-        ([0, 0, 0], "labels int64 [3] do not match 2 images"), ([0, -1], "an integer from 0"),
-        ([0, 0.5], "an integer from 0"))],
-    ("set", IDX | {LABELS: IDX[LABELS][:-1]}, [LABELS, "size 5"]),
-    ("set", IDX | {LABELS: idx(np.arange(5))}, ["labels uint8 [5] do not match 6 images"]),
-    ("set", IDX | {LABELS: None}, [f"has no {LABELS}"]),
+        ([0, 0, 0], "labels int64 [3] do not match 2 images"),
+        ([0, -1], "an integer from 0"), ([0, 0.5], "an integer from 0"))],
+    *[("set", IDX | {LABELS: labels and gzip.compress(labels)}, [words]) for labels, words in (
+        (idx(np.arange(6))[:-1], "size 5"), (None, f"has no {LABELS[:-3]}"))],
 ]
 
 
@@ -533,30 +458,26 @@ def test_bad_input_is_named_labels_where_they_are_asked_for(tmp_path, labels, ki
         assert all(word in message for word in [kind, *words]), message
 
 
-@pytest.mark.parametrize("error, type, message", [
-    *[(error, UserError, "^some/file: ") for error in (
-        OSError(errno.EINVAL, "Invalid argument"), OSError("truncated"), MemoryError(),
-        RecursionError(), AttributeError("x"), NotImplementedError(), UserError("no name"))],
-    *[(OSError(errno.EACCES, "Permission denied", name), PermissionError, f"denied: '{shown}'$")
-      for name, shown in ((None, "some/file"), ("other/file", "other/file"))],  # the system's words
-])
-def test_whatever_a_parser_raises_names_the_file(error, type, message):
-    with pytest.raises(type, match=message), files.reading("some/file", "a picture"):
-        raise error
+@pytest.mark.parametrize("name", [None, "other/file"])
+def test_errors_of_the_system_keep_their_words_and_name_the_file(name):
+    message = f"Permission denied: '{name or 'some/file'}'$"
+    with pytest.raises(PermissionError, match=message), files.reading("some/file", "a picture"):
+        raise OSError(errno.EACCES, "Permission denied", name)
 
 
 def test_archives_are_checked_and_nothing_is_executed_nor_extracted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     attack = np.array([Attack(os.mkdir, "executed")])  # numpy pickles arrays of objects
     for key in ("arr_0", "arr_1"):
-        make(tmp_path / "evil.npz", {"arr_0": RGB[:1], "arr_1": np.zeros(1, int), key: attack})
-        message = error_of(tmp_path / "evil.npz", labels=key == "arr_1")
-        assert "evil.npz" in message and "Object arrays" in message
-        assert not (tmp_path / "executed").exists()
+        arrays = {"arr_0": RGB[:1], "arr_1": np.zeros(1, int), key: attack}
+        path = make(tmp_path / "evil.npz", arrays)
+        assert "evil.npz: " in (message := error_of(path, labels=key == "arr_1"))
+        assert "Object arrays" in message and not (tmp_path / "executed").exists()
     files = {"x/../../a.png": PNG, "../up.png": PNG, "/abs.png": png(RGB[1])}
     dataset = data.load(make(tmp_path / "tricks.zip", files))
     assert np.array_equal(dataset.images, RGB[1:2])  # names with leading dots are hidden
     assert not list(tmp_path.rglob("*.png")) and not (tmp_path.parent / "a.png").exists()
-    whole = make(tmp_path / "whole.zip", {"a.png": PNG}).read_bytes()
-    (tmp_path / "damaged.zip").write_bytes(whole.replace(b"IDAT", b"IDOT"))  # wrong check sum
-    assert "damaged.zip/a.png" in error_of(tmp_path / "damaged.zip")
+    for name, content, part in (("a.zip", {"a.png": PNG}, PNG), ("a.npz", {"arr_0": RGB}, RGB)):
+        path = make(tmp_path / name, content)
+        path.write_bytes(path.read_bytes().replace(bytes(part)[-9:], bytes(9)))  # check sums
+        assert name in error_of(path)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sympy  # comes with PyTorch
 import torch
 from test_method import F_OF_U
 
@@ -75,16 +76,11 @@ def test_method_in_the_readme_is_the_code():
 
 
 def value(formula, **variables):
-    """The value of a formula such as `$\\frac{1}{2} (u + 1) \\ln u$`. Adjacent terms are multiplied."""
-    text = re.sub(r"e\^\{([^{}]*)\}", r"exp(\1)", formula.strip(" $"))
+    """The value of a formula such as `$\\frac{1}{2} (u + 1) \\ln u$`."""
+    text = re.sub(r"e\^\{([^{}]*)\}", r"exp(\1)", formula.strip(" $")).replace("\\ln", "log")
     text = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1) / (\2))", text)
-    text = re.sub(r"\\ln (\w)", r"log(\1)", text).replace("\\ln", "log")
-    product, before = "", "("
-    for token in re.findall(r"\w+|\S", text):
-        juxtaposed = re.match(r"[\w)]", before) and re.match(r"[\w(]", token) and before not in ("exp", "log")
-        product += " * " + token if juxtaposed else token
-        before = token
-    return eval(product, {"__builtins__": {}, "exp": torch.exp, "log": torch.log, **variables})
+    parsed = sympy.parse_expr(text, transformations="all")
+    return sympy.lambdify([*variables], parsed, torch)(*variables.values())
 
 
 @pytest.mark.parametrize("name", F_OF_U)
