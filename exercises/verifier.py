@@ -40,11 +40,9 @@ RECIPES = ("blind", "as trained", "trained on")
 @torch.no_grad()
 def draw_candidates(net, indices, seed, count):
     """Candidates [n, count, C, H, W] in [-1, 1] of the images with these indices: those that `sample.choose` draws."""
-    columns = []
-    for k in range(count):
-        z = sample.inputs(net, indices, seed, "cpu", candidate=k)[0]
-        columns.append(torch.cat([sample.generate(net, part) for part in z.split(500)]))
-    return torch.stack(columns, dim=1)
+    parts = [indices[i : i + 500] for i in range(0, len(indices), 500)]
+    columns = [[sample.generate(net, sample.inputs(net, p, seed, "cpu", candidate=k)[0]) for p in parts] for k in range(count)]
+    return torch.stack([torch.cat(column) for column in columns], dim=1)
 
 
 @torch.no_grad()
@@ -53,9 +51,8 @@ def logits(ratio, images, sigma, seed):
     columns = []
     for k in range(images.shape[1]):
         eps = sample.inputs(ratio, range(len(images)), seed, "cpu", candidate=-1 - k)[0]
-        parts = (images[:, k] + sigma * eps).split(500)
-        columns.append(torch.cat([ratio(x, torch.full((len(x),), sigma)) for x in parts]))
-    return torch.stack(columns, dim=1)
+        columns.append([ratio(x, torch.full((len(x),), sigma)) for x in (images[:, k] + sigma * eps).split(500)])
+    return torch.stack([torch.cat(column) for column in columns], dim=1)
 
 
 def train_on(ratio, real, fake, steps, settings, seed):
@@ -152,17 +149,11 @@ def table(rows):
     cells, last = {}, CANDIDATES[-1]
     for row in rows:
         cells.setdefault(f"{row['recipe']}, at {row['sigma']}", {}).setdefault(row["seed"], {})[row["k"]] = row
-
-    def column(key, form, k=last):
-        return lambda seed: seed[k][key], form
-
-    columns = {
-        **{f"FD (classifier), K = {k}": column("fd_classifier", "{:.1f}", k) for k in CANDIDATES},
-        "mean over choices": column("average_classifier", "{:.1f}"),
-        **{f"FD (stage 1), K = {k}": column("fd_stage1", "{:.5f}", k) for k in (1, last)},
-        "FD (stage 1), mean over choices": column("average_stage1", "{:.5f}"),
-        f"effective of {last}": column("ess", "{:.1f}"), "cross-entropy": column("loss", "{:.3f}"),
-    }
+    columns = {f"FD (classifier), K = {k}": (lambda r, k=k: r[k]["fd_classifier"], "{:.1f}") for k in CANDIDATES}
+    columns |= {"mean over choices": (lambda r: r[last]["average_classifier"], "{:.1f}")}
+    columns |= {f"FD (stage 1), K = {k}": (lambda r, k=k: r[k]["fd_stage1"], "{:.5f}") for k in (1, last)}
+    columns |= {"FD (stage 1), mean over choices": (lambda r: r[last]["average_stage1"], "{:.5f}"),
+                f"effective of {last}": (lambda r: r[last]["ess"], "{:.1f}"), "cross-entropy": (lambda r: r[1]["loss"], "{:.3f}")}
     return measure.table({name: list(seeds.values()) for name, seeds in cells.items()}, columns)
 
 

@@ -129,12 +129,12 @@ def test_starts_trained_parts_noise_and_weights(command, script, edits, said, ed
     ("1", "ratio(fake + sigma[:, None] * eps,", "ratio(fake,", "not asked about noised samples"),
 ])
 def test_what_is_wrong_with_a_line_is_said(exercise, old, new, hint, edited, verdict):
-    solved = edited(BLANK, PLANE) if exercise == "1" else edited(STAGE2, changes.CHANGES["divergences"])
-    right, shown = verdict(exercise, edited(solved, {old: new}))
+    solutions = {"1": (BLANK, PLANE), "2": (STAGE2, changes.CHANGES["divergences"])}
+    right, shown = verdict(exercise, edited(edited(*solutions[exercise]), {old: new}))
     assert not right and hint in shown and old not in shown
 
 
-def test_filled_blanks_of_the_plane_are_right_and_run(edited, verdict, refused, capsys, monkeypatch):
+def test_filled_blanks_are_right_and_run(edited, verdict, refused, capsys, monkeypatch):
     solved = edited(BLANK, PLANE)
     assert verdict("1", solved)[0]
     assert "blanks left" in refused(plane_blank, "--no-picture")

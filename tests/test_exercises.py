@@ -50,7 +50,7 @@ def measures(stage1):
 
 @pytest.fixture
 def work(tmp_path, monkeypatch, stage1):
-    """A folder with a stage 1, in which run.py runs its scripts in this process, for two steps each."""
+    """A folder with a stage 1, in which run.py runs scripts in this process, for two steps each."""
 
     def call(command, root):
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
@@ -59,8 +59,9 @@ def work(tmp_path, monkeypatch, stage1):
     (tmp_path / run.STAGE1).parent.mkdir(parents=True)
     shutil.copy(stage1 / "network.pt", tmp_path / run.STAGE1)
     curve = f"--fid-every 0.064 --fid-features {run.STAGE1} --fid-images 64"
-    more = dict(COMMON=f"{run.COMMON} {SHORT}", KIMG=0.064, ONE_LEVEL=SHORT, CURVE=curve, SAMPLES=300)
-    for name, value in dict(more, WORK=tmp_path, call=call).items():
+    common = f"{run.COMMON} {SHORT}"
+    brief = dict(COMMON=common, KIMG=0.064, ONE_LEVEL=SHORT, CURVE=curve, SAMPLES=300)
+    for name, value in dict(brief, WORK=tmp_path, call=call).items():
         monkeypatch.setattr(run, name, value)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -104,7 +105,8 @@ def test_an_edit_of_the_working_copy_reaches_the_row_mine_alone(tmp_path, stage1
     (copy / "networks.py").write_text(edited)
     table = subprocess.run([sys.executable, "exercises/run.py", "5"], cwd=copy, capture_output=True, text=True)
     assert "fresh z" in table.stdout, table.stderr  # what measures is pristine, too
-    script = ("import sys; sys.path.insert(0, 'exercises'); import changes; sys.path.insert(0, str(changes.unpack(changes.ROOT)))\n"
+    script = ("import sys; sys.path.insert(0, 'exercises'); import changes\n"
+              "sys.path.insert(0, str(changes.unpack(changes.ROOT)))\n"
               "import fid, networks, pretrain, sample, train_diffratio, run; run.CURVE = ''\n"
               f"run.train(run.Path('runs') / sys.argv[1], '{SHORT}', tuple(sys.argv[2:]), 0)")
     for change in ((), ("fresh-z",), ("mine",)):
@@ -127,7 +129,8 @@ def test_each_order_of_the_steps_is_another_training(work, one_thread):
     names = (), ("fresh-z",), ("same-noise",), ("simultaneous",), ("stale-samples",)
     orders = {name: trained(work / "-".join(["steps", *name]), name) for name in names}
     assert all(a == b or not same(orders[a], orders[b]) for a in orders for b in orders)
-    sys.argv = ["train_diffratio.py", *run.COMMON.split(), "--ratio-steps", "1", "--outdir", str(work / "own")]
+    command = f"train_diffratio.py {run.COMMON} --ratio-steps 1 --outdir"
+    sys.argv = [*command.split(), str(work / "own")]
     train_diffratio.main()
     assert same(orders[()], weights(work / "own" / "network.pt"))
     # The first ratio network is blind, its head being zero. A generator that follows it stays.
@@ -140,44 +143,43 @@ def test_each_order_of_the_steps_is_another_training(work, one_thread):
 def brief(work, measures, monkeypatch):
     """The file of results of exercises with two rows, of two steps."""
     monkeypatch.setattr(measure, "Measures", lambda *_: measures)
-    for exercise, names in (("ratio", ("1 ratio step", "rate 1e-3")), ("order", ("ratio step, then the same z",))):
-        monkeypatch.setitem(run.EXERCISES, exercise, {name: run.EXERCISES[exercise][name] for name in names})
+    fewer = {"ratio": {"1 ratio step": "", "rate 1e-3": "--ratio-lr 1e-3"},
+             "order": {"ratio step, then the same z": ""}}
+    for exercise, rows in fewer.items():
+        monkeypatch.setitem(run.EXERCISES, exercise, rows)
     monkeypatch.setitem(run.NUMBERS, "5", "order")
     return work / "runs.jsonl"
 
 
-def test_results_are_not_measured_twice_and_the_table_shows_mean_and_spread(brief, call, capsys, monkeypatch, measures):
-    args = ["--seeds", "2", "--results", brief]
+def test_results_are_measured_once_for_each_seed_and_hash_and_the_table_shows_their_spread(
+        brief, call, capsys, monkeypatch, measures):
+    args = ["--seeds", "2", "--first-seed", "17", "--results", brief]
     call(run, "8", *args)
     found = run.results(brief)
-    assert {run: [line["seed"] for line in lines] for run, lines in found.items()} == {"default": [0, 1], "ratio-lr_1e-3": [0, 1]}
+    seeds = {name: [line["seed"] for line in lines] for name, lines in found.items()}
+    assert seeds == {"default": [17, 18], "ratio-lr_1e-3": [17, 18]}
     text, (line, _) = brief.read_text(), found["default"]
     assert line["images"] == 300 and line["curve"][0][0] == 64 and set(line["calibration"]) == {"0.1"}
     a, b = (line["fd_classifier"] for line in found["default"])
     shown = capsys.readouterr().out
     assert "| FD (classifier) | FD (stage 1) |" in shown and "| right at 0.1, % |" in shown
     assert f"| 1 ratio step | {(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f} |" in shown
-    assert f"| 1 ratio step, seed 0 | {a:.1f} OUTSIDE 11.0 to 23.5 |" in shown  # it is short
+    assert f"| 1 ratio step, seed 17 | {a:.1f} OUTSIDE 11.0 to 23.5 |" in shown  # it is short
     with monkeypatch.context() as patch:
         patch.setattr(run, "train", None)  # a further run would fail
         call(run, "ratio", *args)
         call(run, "5", "--table", "--results", brief)
-        assert brief.read_text() == text and "ratio step, then the same z" in capsys.readouterr().out
+        assert "ratio step, then the same z" in capsys.readouterr().out
+    assert brief.read_text() == text
     with pytest.raises(UserError, match="0.064 instead of 24 kimg"):
-        run.measured(run.folder_of("", (), 0, brief), "--kimg 24", measures, 0)
-
-
-def test_other_scripts_are_another_run_and_seeds_are_those_asked_for(brief, call, capsys, monkeypatch):
-    """A line of other scripts is not taken, nor their folder, and the newer line counts. --first-seed 17 is seed 17."""
-    args = ["--first-seed", "17", "--results", brief]
-    call(run, "order", *args)
-    ((first,),) = run.results(brief).values()
-    older = changes.pristine
+        run.measured(run.folder_of("", (), 17, brief), "--kimg 24", measures, 17)
+    older = changes.pristine  # of other scripts neither line nor folder is taken
     monkeypatch.setattr(changes, "pristine", lambda: older() | {"machinery/new.py": "x = 1\n"})
-    call(run, "order", *args)
-    ((second,),) = run.results(brief).values()
-    assert first["seed"] == second["seed"] == 17 and first["hash"] != second["hash"] and first["folder"] != second["folder"]
-    assert "line of other scripts or flags" in capsys.readouterr().out and len(brief.read_text().splitlines()) == 2
+    call(run, "order", "--first-seed", "17", "--results", brief)
+    newer = run.results(brief)["default"][0]
+    assert newer["hash"] != line["hash"] and newer["folder"] != line["folder"]
+    assert "line of other scripts or flags" in capsys.readouterr().out
+    assert len(brief.read_text().splitlines()) == 5
 
 
 def test_mine_predictions_and_submission(brief, call, refused, capsys, monkeypatch, tmp_path):
@@ -222,7 +224,8 @@ def test_pages_hold_the_means_and_intervals_that_the_program_prints(exercise):
         if (key := run.run_name(*run.row_of(exercise, name))) in runs and name != "beta1 0":  # which is the first row of `order`
             values = [line["fd_classifier"] for line in runs[key]]
             interval = run.judged("FD (classifier)", run.intervals(runs)[key])
-            assert f"| {name} | {np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} | {interval} |" in page.read_text()
+            mean, spread = np.mean(values), np.std(values, ddof=1)
+            assert f"| {name} | {mean:.1f} ± {spread:.1f} | {interval} |" in page.read_text()
 
 
 def test_without_results_the_reference_is_printed_and_nothing_runs(call, capsys, monkeypatch, tmp_path):
@@ -234,7 +237,8 @@ def test_without_results_the_reference_is_printed_and_nothing_runs(call, capsys,
     assert all(shown.count(f"\n| {row} |") == 2 for name in ("order", "momentum") for row in run.EXERCISES[name])  # means, intervals
     found = run.results(run.REFERENCE)
     assert all({line["seed"] for line in found[name]} >= {0, 1, 2} for name in ROWS)
-    assert all(abs(line["curve"][-1][0] / 1000 - run.kimg_of(line.get("flags", ""))) < 0.1 for lines in found.values() for line in lines)
+    for line in [line for lines in found.values() for line in lines]:
+        assert abs(line["curve"][-1][0] / 1000 - run.kimg_of(line.get("flags", ""))) < 0.1
     for flags in [flags for flags, names in ROWS.values() if not names]:  # those without a change of code are known
         monkeypatch.setattr(sys, "argv", ["train_diffratio.py", *shlex.split(f"{run.COMMON} {run.CURVE} {flags}")])
         train_diffratio.arguments()
@@ -273,16 +277,18 @@ def test_the_classifier_tells_digits_and_is_kept(digits, monkeypatch):
 
 
 def test_held_out_images_are_the_reference_and_the_first_row(digits, monkeypatch):
-    """The digits, enlarged and coloured. The first row: training against test images, of which it has nearest and accuracy."""
+    """Coloured digits. Of the test images the first row has nearest and accuracy."""
     images = digits.images.repeat(2, axis=1).repeat(2, axis=2) // np.array([1, 2, 3], np.uint8)
     parts = {"cifar10": slice(1000), "cifar10:test": slice(1000, 1797), "own": slice(1500, 1797)}
-    sets = {name: data.Dataset(name, images[part], digits.labels[part]) for name, part in parts.items()}
+    sets = {name: data.Dataset(name, images[part], digits.labels[part])
+            for name, part in parts.items()}
     monkeypatch.setattr(data, "load", sets.__getitem__)
     assert measure.Measures("cifar10", test="own").reference is sets["own"]
     held = measure.Measures("cifar10")
     row = held.floors()["data: training against test images"]
     right = classifier.predict(held.classifier, images[1000:]) == digits.labels[1000:]
-    assert row["images"] == 797 and row["accuracy"] == right.mean() and 0.5 < right.mean() < 0.99  # mirrored digits are hard to tell
+    assert row["images"] == 797
+    assert row["accuracy"] == right.mean() and 0.5 < right.mean() < 0.99  # mirrored ones are hard
     assert row["nearest"] == held.nearest(images[1000:]).median().item() > row["nearest_low"] > 5
 
 
@@ -321,7 +327,8 @@ def test_measure_command(call, refused, capsys, measures, monkeypatch, tmp_path,
     monkeypatch.setattr(measure, "Measures", lambda *_: measures)
     for seed in (0, 1):
         np.savez(tmp_path / f"{seed}.npz", arr_0=digits.images[300 * seed : 300 * (seed + 1)])
-    call(measure, "digits", "--json", tmp_path / "out.jsonl", f"mine={tmp_path}/0.npz", f"mine={tmp_path}/1.npz")
+    files = [f"mine={tmp_path}/{seed}.npz" for seed in (0, 1)]
+    call(measure, "digits", "--json", tmp_path / "out.jsonl", *files)
     out = capsys.readouterr().out
     assert "| FD (classifier) | FD (stage 1) |" in out and "FID" not in out
     assert "| data: one half against the other |" in out and out.count("| mine |") == 1 and "±" in out
@@ -342,7 +349,7 @@ def test_demo(call, capsys, stage1, digits, tmp_path, monkeypatch):
     shown = capsys.readouterr().out
     assert "FD (stage 1) of 150 images" in shown and all(f"  {name:26}" in shown for name in demo.EXPECTED)
     assert "times closer to the data than before stage 2" in shown
-    with Image.open(tmp_path / "demo.png") as image:  # 8 x 8 images of 24 x 24 pixels, and columns of white images
+    with Image.open(tmp_path / "demo.png") as image:  # 8 x 8 images of 24 x 24, white columns
         assert image.size == (35 * 25 + 1, 8 * 25 + 1)
     assert all(f"--{name} " in (ROOT / "Makefile").read_text() for name in files)
 
