@@ -1,8 +1,8 @@
 """Changes of code that the exercises try, as text, and the pristine scripts that they and the reference rows start from.
 
-A student edits the scripts of the working copy. What is compared with them must not depend on that, nor on what was committed
-or on git being there. So exercises/pristine.zip holds the scripts: one file that no editor and no search opens by mistake.
-After a change of the scripts that the exercises should follow:
+A student edits the working copy. What is compared with it must not depend on that, nor on git.
+So exercises/pristine.zip holds them: one file that no editor and no search opens by mistake. After
+a change of the scripts that the exercises should follow:
 
     python exercises/changes.py                          store the scripts of this folder
 """
@@ -12,10 +12,10 @@ import hashlib
 import json
 import os
 import zipfile
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PRISTINE = ROOT / "exercises" / "pristine.zip"
+from project import HERE, ROOT
+
+PRISTINE = HERE / "pristine.zip"
 SCRIPT = "train_diffratio.py"
 ONE_LEVEL = "runs/exercises/pristine-one-level/network.pt"  # a stage 1 that was trained at sigma = 2.5 only
 
@@ -71,17 +71,11 @@ def pristine():
         return {name: archive.read(name).decode() for name in archive.namelist()}
 
 
-def keep(path=PRISTINE):
-    """Make the scripts of this folder the pristine ones."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in texts(ROOT).items():
-            archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)  # of 1980: no time, no mode
-
-
 def unpack(work):
     """The folder in `work` in which the pristine scripts lie. A file that was edited there is put back."""
-    folder, digits = Path(work) / "runs" / "exercises" / f"pristine-{fingerprint(pristine())}", "assets/digits.npz"
-    contents = {name: text.encode() for name, text in pristine().items()} | {digits: (ROOT / digits).read_bytes()}
+    folder = work / "runs" / "exercises" / f"pristine-{fingerprint(pristine())}"
+    contents = {name: text.encode() for name, text in pristine().items()}
+    contents["assets/digits.npz"] = (ROOT / "assets" / "digits.npz").read_bytes()
     for name, content in contents.items():
         path = folder / name
         if not path.exists() or path.read_bytes() != content:
@@ -98,25 +92,29 @@ def fingerprint(*what):
 
 
 def changed(names):
-    """(text of the pristine script, the same with the changes `names`). `UserError` if one does not fit exactly once."""
-    before = after = pristine()[SCRIPT]
+    """The pristine script with the changes `names`; each must fit exactly once."""
+    text = pristine()[SCRIPT]
     for name in names:
         for old, new in CHANGES[name].items():
-            if after.count(old) != 1:
+            if text.count(old) != 1:
                 from machinery.files import UserError  # not above: run.py decides whose machinery it takes
 
                 raise UserError(f"the change {name} does not fit {SCRIPT} in exercises/{PRISTINE.name}: adapt changes.py")
-            after = after.replace(old, new)
-    return before, after
+            text = text.replace(old, new)
+    return text
 
 
-def diff(before, after, name=SCRIPT):
-    """The difference of two texts as a unified diff; of two {path: text}, of all of them."""
-    if isinstance(before, dict):
-        return "\n".join(filter(None, (diff(before.get(name, ""), after.get(name, ""), name) for name in before | after)))
-    return "\n".join(difflib.unified_diff(before.splitlines(), after.splitlines(), name, name, n=1, lineterm=""))
+def diff(before, after):
+    """The unified diff of two {path: text}."""
+    lines = []
+    for name in before | after:
+        sides = (texts.get(name, "").splitlines() for texts in (before, after))
+        lines += difflib.unified_diff(*sides, name, name, n=1, lineterm="")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    keep()
+    with zipfile.ZipFile(PRISTINE, "w") as archive:
+        for name, text in texts(ROOT).items():
+            archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)  # of 1980: no time, no mode
     print(f"wrote {PRISTINE}: exercises now compare with the scripts as they are in this folder")

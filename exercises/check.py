@@ -12,6 +12,7 @@ take your functions and differentiate them. Prints what was seen and what was wa
 import argparse
 import contextlib
 import io
+import itertools
 import runpy
 import sys
 import tempfile
@@ -30,17 +31,15 @@ STAGE1 = str(ROOT / "assets" / "digits-stage1.pt")
 FLAGS = [*"--batch 8 --kimg 0.016 --ratio-steps 1 --device cpu --precision fp32 --init".split(), STAGE1]
 
 
-# ---- What a script does ------------------------------------------------------------------------------
-
-
 class Watch:
-    """Runs a script for two iterations. `steps`: a dict for each optimizer step, see `step`. `starts`: weights at the start.
+    """Runs a script for two iterations. Of each network: its start, its last step.
 
-    Everything is told from the tensors: an image noised at level sigma is samples[i] + sigma * draws[j] for one i and j.
+    All is told from the tensors: noised images are samples[i] + sigma * draws[j] for one i and j.
     """
 
     def __init__(self, script):
-        self.draws, self.samples, self.steps, self.starts, self.versions, self.asked = [], [], [], {}, [], []
+        self.draws, self.samples, self.versions, self.made = [], [], [], 0
+        self.starts, self.steps = {}, {}
         with contextlib.ExitStack() as stack:
             for owner, name, method in (
                     (training.Runtime, "randn", self.randn), (training.Optimizer, "step", self.step),
@@ -69,12 +68,12 @@ class Watch:
     def denoise(self, original, net, x, sigma, labels=None):
         y = original(net, x, sigma, labels)
         if net.training:  # the generator, not its average
-            made = len([step for step in self.steps if step["who"] == "generator"])
-            self.samples.append(dict(images=y.detach().clone(), made=made, z=self.draw(x / sigma[:, None, None, None])))
+            z = self.draw(x / sigma[:, None, None, None])
+            self.samples.append(dict(images=y.detach().clone(), made=self.made, z=z))
         return y
 
     def ask(self, original, net, x, sigma, labels=None):
-        self.asked.append((x.detach().clone(), sigma.detach().clone(), state_of(net)))
+        self.asked = x.detach().clone(), sigma, state_of(net)
         return original(net, x, sigma, labels)
 
     def draw(self, eps):
@@ -83,30 +82,33 @@ class Watch:
         return next((i for i, found in enumerate(same) if found), None)
 
     def origin(self, x, sigma):
-        """(number of the samples, of the draw) that noised images x [n, C, H, W] consist of; None where neither fits."""
+        """(samples, number of the draw) that noised images x [n, C, H, W] consist of, or Nones."""
         s = sigma[:, None, None, None]
-        for i, sample in reversed(list(enumerate(self.samples))):
-            for j, eps in enumerate(self.draws):
-                if eps.shape == x.shape and ((sample["images"] + s * eps - x).abs() <= 1e-5 * (1 + s)).all():  # up to rounding
-                    return i, j
+        for sample, (j, eps) in itertools.product(reversed(self.samples), enumerate(self.draws)):
+            if eps.shape == x.shape:
+                apart = (sample["images"] + s * eps - x).abs()
+                if (apart <= 1e-5 * (1 + s)).all():  # up to rounding
+                    return sample, j
         return None, None
 
     def step(self, original, optimizer, lr, objective, *tensors):
-        net, self.asked = optimizer.net, []
+        net, self.asked = optimizer.net, None
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
         who = "ratio" if isinstance(net, networks.RatioNetwork) else "generator"
         self.starts.setdefault(who, before)
         result = original(optimizer, lr, objective, *tensors)
         moved = {name for name, p in net.named_parameters() if not torch.equal(before[name], p.detach())}
-        found = dict(who=who, moved=moved, beta1=optimizer.adam.param_groups[0]["betas"][0], samples=None, noise=None, version=None)
+        beta1 = optimizer.adam.param_groups[0]["betas"][0]
+        self.steps[who] = found = dict(moved=moved, beta1=beta1, samples=None)
+        self.made += who == "generator"
         if self.asked:
-            x, sigma, version = self.asked[-1]
+            x, sigma, version = self.asked
             if who == "ratio":
                 x, sigma = x.chunk(2)[1], sigma.chunk(2)[1]  # the second half is samples
                 self.versions = [*(self.versions or [version]), state_of(net)]
             found["samples"], found["noise"] = self.origin(x, sigma)
-            found["version"] = max((i for i, known in enumerate(self.versions) if known == version), default=None)
-        self.steps.append(found)
+            newest_first = self.versions[::-1]
+            found["behind"] = newest_first.index(version) if version in newest_first else None
         return result
 
 
@@ -115,9 +117,7 @@ def state_of(net):
     return hash(tuple(p.detach().double().sum().item() for p in net.parameters()))
 
 
-# ---- Exercises ---------------------------------------------------------------------------------------
-# Each yields (what, seen, wanted, hint); equal seen and wanted are right.
-
+# ---- Exercises. Each yields (what, seen, wanted, hint); equal seen and wanted are right
 
 AS_IT_IS = {  # what a script does: (as it is, hint)
     "samples of the generator's step": ("those of the ratio's step", "which z makes `fake`, and where is it drawn?"),
@@ -137,21 +137,19 @@ ORDERS = {
 }
 
 
-def order(watch):
+def order(steps):
     """What the last iteration did, with the questions of AS_IT_IS: {question: answer}."""
-    steps = {step["who"]: step for step in watch.steps}
     if steps.keys() != {"ratio", "generator"} or None in (step["samples"] for step in steps.values()):
         raise UserError("both networks must step, on samples of the generator plus sigma times a draw of rt.randn")
     ratio, generator = steps["ratio"], steps["generator"]
-    of_ratio, of_generator = (watch.samples[step["samples"]] for step in (ratio, generator))
-    same = ratio["samples"] == generator["samples"] or of_ratio["z"] == of_generator["z"] is not None
-    behind = of_generator["made"] - of_ratio["made"]
-    lag = None if generator["version"] is None else len(watch.versions) - 1 - generator["version"]
+    a, b = ratio["samples"], generator["samples"]
+    same, older = a is b or a["z"] == b["z"] is not None, b["made"] - a["made"]
+    followed = {0: "as its step left it", None: "in a state that no step left"}
     return dict(zip(AS_IT_IS, (
         "those of the ratio's step" if same else "others than in the ratio's step",
         "that of the ratio's step" if generator["noise"] == ratio["noise"] else "a new draw",
-        {0: "as its step left it", None: "in a state that no step left"}.get(lag, f"as it was {lag} step before"),
-        f"of the generator {behind} step before" if behind else "of the present generator",
+        followed.get(generator["behind"], f"as it was {generator['behind']} step before"),
+        f"of the generator {older} step before" if older else "of the present generator",
         "moves" if generator["moved"] else "does not move",
         f"{generator['beta1']:g} and {ratio['beta1']:g}")))
 
@@ -160,7 +158,8 @@ def check_order(script, variant):
     """Exercise 5."""
     if variant and variant not in ORDERS:
         raise UserError(f"exercise 5 has variants a to e, not {variant}; (f) and (g) are flags")
-    found, usual = order(Watch(script)), {question: answer for question, (answer, _) in AS_IT_IS.items()}
+    found = order(Watch(script).steps)
+    usual = {question: answer for question, (answer, _) in AS_IT_IS.items()}
     if not variant:
         print("".join(f"  {question}: {answer}\n" for question, answer in found.items()), end="")
         fits = next((letter for letter, change in ORDERS.items() if found == usual | change), "none of a to e")
@@ -185,8 +184,9 @@ def check_start(script, variant):
 
 def check_head(script, variant):
     """Exercise 8: only the head of the ratio network is trained."""
-    watch = Watch(script)
-    parts = {step["who"]: sorted({name.split(".")[0] for name in step["moved"]}) for step in watch.steps}  # of the last steps
+    steps = Watch(script).steps
+    parts = {who: sorted({name.split(".")[0] for name in step["moved"]})
+             for who, step in steps.items()}
     yield ("parts of the ratio network that move", " and ".join(parts["ratio"]) or "none", "head",
            "which tensors require a gradient in block 1?")
     yield ("generator", "moves" if parts["generator"] else "does not move", "moves",
@@ -203,10 +203,8 @@ F_OF_U = {
 def judge_divergence(name, loss):
     """(what, seen, wanted, hint) of the slope of loss(h) against that of f'(exp(-h)), and of its value at large |h|."""
     h = torch.linspace(-4, 4, 9, dtype=torch.float64, requires_grad=True)
-    u = (-h).exp()
-    first = torch.autograd.grad(F_OF_U[name](u).sum(), u, create_graph=True)[0]
-    truth = torch.autograd.grad(first.sum(), h)[0]
-    value = loss(h)
+    u, value = (-h).exp().detach(), loss(h)
+    truth = -u * torch.vmap(torch.func.grad(torch.func.grad(F_OF_U[name])))(u)  # du/dh = -u
     if value is Ellipsis:
         return f"slope of {name}", "no line yet", "a line", f"{name}: f'(u), then u = exp(-h)"
     if not value.requires_grad:
@@ -218,13 +216,13 @@ def judge_divergence(name, loss):
                 "a constant factor is wrong" if torch.allclose(found * truth[0], truth * found[0]) else
                 "differentiate f by u first; only then put u = exp(-h)")
         return f"slope of {name} at h = {h[i]:g}", f"{found[i]:.4g}", f"{truth[i]:.4g}", kind
-    far = torch.tensor([-200.0, 200.0], requires_grad=True)  # float32, as in training
-    there = loss(far)
-    slope = torch.autograd.grad(there.sum(), far)[0]
-    grows = {"fkl": (False, True), "jeffreys": (False, True), "hellinger": (False, True)}.get(name, (False, False))
-    bad = [h for h, v, s, large in zip(far.tolist(), there, slope, grows) if not large and not (v.isfinite() and s.isfinite())]
-    seen = f"not finite at h = {bad[0]:g}" if bad else "right, finite where f' is"
-    return name, seen, "right, finite where f' is", "exp overflows at 88.7: which function of PyTorch is ln(1 + exp(h))?"
+    seen = wanted = "right, finite where f' is"
+    for far in (200.0, -200.0):
+        h = torch.tensor(far, requires_grad=True)  # float32, as in training
+        value, grows = loss(h), far > 0 and name in ("fkl", "jeffreys", "hellinger")
+        if not grows and not (value.isfinite() and torch.autograd.grad(value, h)[0].isfinite()):
+            seen = f"not finite at h = {far:g}"
+    return name, seen, wanted, "exp overflows at 88.7: which function of PyTorch is ln(1 + exp(h))?"
 
 
 def check_divergences(script, variant):

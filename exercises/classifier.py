@@ -1,9 +1,7 @@
 """A small classifier of the labels, for measures that do not depend on the networks that were trained.
 
-A distance in the features of stage 1 judges a generator by the network from which it started. This classifier knows only
-images and labels. Its last hidden layer gives features for the same distances (`extractor`), its predictions the share of
-each class and, with `--cond`, how often a sample is of the class that was asked for. It is trained in seconds to a minute
-and kept in the cache folder.
+A distance in the features of stage 1 judges a generator by the network from which it started. This
+classifier knows only images and labels. It is trained in a minute and kept in the cache folder.
 """
 
 import hashlib
@@ -20,10 +18,7 @@ VERSION = 2  # of the cached weights; raise it when the network or its training 
 
 
 class Classifier(nn.Module):
-    """Images x [N, C, H, W] in [-1, 1] -> class logits [N, classes]. `features(x)` is the last hidden layer, [N, 64].
-
-    Gray images: two convolutions. Coloured ones: three with BatchNorm, each followed by a halving.
-    """
+    """Images x [N, C, H, W] in [-1, 1] -> logits [N, classes]; `features(x)`: [N, 64]."""
 
     def __init__(self, channels, resolution, classes):
         super().__init__()
@@ -52,17 +47,13 @@ class Classifier(nn.Module):
 
 
 def train(dataset, images, seed=0, batch=100, device="cpu"):
-    """A `Classifier` of `dataset`, trained on so many images with AdamW; the rate falls to zero as half a cosine.
-
-    Coloured images are mirrored at random and shifted by up to 4 pixels.
-    """
+    """A trained `Classifier`. Coloured images are mirrored and shifted by up to 4 pixels."""
     torch.manual_seed(training.seed_of(seed, "classifier"))
     net = Classifier(dataset.channels, dataset.resolution, dataset.label_dim).to(device).train()
-    steps = images // batch
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, images // batch)
     batches = data.Batches(dataset, training.Runtime(torch.device("cpu"), batch=batch), seed)
-    for _ in range(steps):
+    for _ in range(images // batch):
         raw, labels = next(batches)
         x = dataset.to_model(raw, "cpu").to(device)
         if dataset.channels > 1:
@@ -95,17 +86,15 @@ def load(dataset, images=None, device="cpu"):
 def predict(net, images):
     """Classes int64 [N] of uint8 images [N, H, W, C]."""
     x = torch.tensor(images).permute(0, 3, 1, 2)  # a copy, as a data set may be read-only
-    device = next(net.parameters()).device
-    return torch.cat([net(part.to(device) / 127.5 - 1).argmax(dim=1) for part in x.split(500)]).cpu().numpy()
+    parts = x.to(net.out.weight.device).split(500)
+    return torch.cat([net(part / 127.5 - 1).argmax(dim=1) for part in parts]).cpu().numpy()
 
 
 def extractor(net, dataset):
     """The features of the classifier of `dataset` for the distances of fid.py."""
-    weights, device = b"".join(p.cpu().numpy().tobytes() for p in net.parameters()), next(net.parameters()).device
-
     def function(images):
         return net.features(images.permute(0, 3, 1, 2) / 127.5 - 1), None
 
-    tag = f"classifier sha256:{hashlib.sha256(weights).hexdigest()[:16]}"
-    shape = dataset.images.shape[1:]
-    return fid.Extractor(f"the classifier of {dataset.name}", tag, net.hidden.out_features, shape, device, function)
+    name, size = f"the classifier of {dataset.name}", net.hidden.out_features
+    shape, device = dataset.images.shape[1:], net.out.weight.device
+    return fid.Extractor(name, name, size, shape, device, function)

@@ -5,11 +5,10 @@ features of a stage-1 network and of a classifier of the labels, the distance to
 The reference is the test set of Fashion-MNIST or CIFAR-10; for other data it is the data itself. The first row compares the
 data with it. Compare distances of equal numbers of images only. None is an FID, which needs Inception's features (fid.py).
 
-    python exercises/measure.py digits --pretrained runs/digits/pretrain/network.pt "one step=digits.npz" --picture grid.png
+    python exercises/measure.py digits --pretrained runs/digits/pretrain/network.pt "x=digits.npz"
     python exercises/measure.py fashion-mnist "one step=seed-0.npz" "one step=seed-1.npz"     mean and deviation of two seeds
 """
 
-import itertools
 import json
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import torch
 
 import project  # noqa: F401
 import classifier
-import demo
 import fid
 from machinery import data, files, training
 
@@ -35,6 +33,13 @@ def json_lines(path, *keys):
         return rows
 
 
+def add_lines(path, *lines):
+    """Append dicts to a file of JSON lines."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
 def chosen(images, limit=fid.PAIRS_LIMIT):
     """At most `limit` of an array of images or labels: a random choice that depends on their number alone."""
     return images if len(images) <= limit else images[fid.random_choice(len(images), limit).numpy()]
@@ -43,9 +48,8 @@ def chosen(images, limit=fid.PAIRS_LIMIT):
 class Measures:
     """The measures of samples of one data set. `measures(images)` is a dict of numbers.
 
-    pretrained: path of the stage-1 network whose features are the second view, or None to leave them out.
-    test: a data set of held-out images, or None for the one that comes with the data set, or the data themselves.
-    Raises `UserError` if that network is for other images.
+    pretrained: path of the stage-1 network whose features are the second view, or None.
+    test: a data set of held-out images; None: the data set's own, or else the data.
     """
 
     def __init__(self, name, pretrained=None, test=None, rt=training.Runtime(torch.device("cpu"))):
@@ -56,10 +60,14 @@ class Measures:
         self.views = {"classifier": classifier.extractor(self.classifier, self.train)}
         if pretrained:
             self.views["stage1"] = fid.network_features(rt, str(pretrained))
-        for view in self.views.values():
-            fid.check_images(view, self.train, self.reference)
+        self.check(self.train, self.reference)
         self.known = self.pixels(self.train.images)
-        self.held = {view: self.features(view, chosen(self.reference.images)) for view in self.views}
+        self.held = self.all_features(self.reference.images)
+
+    def check(self, *datasets):
+        """Raise `UserError` for images of which the two networks have no features."""
+        for view in self.views.values():
+            fid.check_images(view, *datasets)
 
     def pixels(self, images):
         return torch.tensor(images).to(self.device).flatten(1).float()
@@ -68,6 +76,9 @@ class Measures:
         """Features [n, d] of images uint8 [n, H, W, C]; `view` is "classifier" or "stage1"."""
         parts = torch.tensor(images).split(500)  # a copy, as a data set may be read-only
         return torch.cat([self.views[view](part)[0] for part in parts])
+
+    def all_features(self, images):
+        return {view: self.features(view, chosen(images)) for view in self.views}
 
     def distance(self, view, ours, held=None):
         """Fréchet distance of features [n, d] from `held` [m, d], by default those of the reference."""
@@ -81,6 +92,11 @@ class Measures:
         found = [torch.cdist(part, self.known).topk(k, largest=False).values[:, -1] for part in x.split(250)]
         return torch.cat(found) / x.shape[1] ** 0.5
 
+    def memory(self, images, skip_self=False):
+        """The median distance to the nearest training image, and its lowest percentile."""
+        found = self.nearest(chosen(images, NEAREST), skip_self)
+        return {"nearest": found.median().item(), "nearest_low": found.quantile(0.01).item()}
+
     def __call__(self, images, labels=None, held=None):
         """images uint8 [N, H, W, C], classes asked for int [N] or None -> {measure: number}.
 
@@ -88,23 +104,17 @@ class Measures:
         """
         images, labels = chosen(images), labels if labels is None else chosen(labels)
         result = {"images": len(images)}
-        for view in self.views:
-            ours, theirs = self.features(view, images), (held or self.held)[view]
+        for view, ours in self.all_features(images).items():
+            theirs = (held or self.held)[view]
             result[f"fd_{view}"] = self.distance(view, ours, theirs)
             result[f"kid_{view}"], result[f"kid_std_{view}"] = fid.kernel_distance(theirs, ours)
             result[f"precision_{view}"], result[f"recall_{view}"] = fid.precision_recall(theirs, ours)
-        result |= self.memory(images)
         found = classifier.predict(self.classifier, images)
         shares = np.bincount(found, minlength=self.train.label_dim) / len(found)
-        result["shares"] = [round(share, 4) for share in shares.tolist()]
+        result |= self.memory(images) | {"shares": [round(share, 4) for share in shares.tolist()]}
         if labels is not None:
             result["accuracy"] = float((found == labels).mean())
         return result
-
-    def memory(self, images, skip_self=False):
-        """{"nearest": median distance to the nearest training image, "nearest_low": its lowest percentile}."""
-        found = self.nearest(chosen(images, NEAREST), skip_self)
-        return {"nearest": found.median().item(), "nearest_low": found.quantile(0.01).item()}
 
     def floors(self):
         """{name: measures} of the data itself: what new images of the same kind would show.
@@ -117,8 +127,8 @@ class Measures:
             row["accuracy"] = float((found == self.reference.labels).mean())
             return {"data: training against test images": row | self.memory(self.reference.images)}
         a, b = (chosen(self.train.images[half]) for half in fid.split_half(len(self.train)))
-        row = self(a, held={view: self.features(view, b) for view in self.views})
-        return {"data: one half against the other": row | self.memory(a, skip_self=True)}
+        row = self(a, held=self.all_features(b)) | self.memory(a, skip_self=True)
+        return {"data: one half against the other": row}
 
 
 COLUMNS = {  # heading: (value in a row's measures, format)
@@ -155,44 +165,28 @@ def markdown(headings, rows):
     return "\n".join(lines + [f"| {name} | {' | '.join(row)} |" for name, row in rows.items()])
 
 
-def add_lines(path, *lines):
-    """Append dicts to a file of JSON lines."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
 def main():
     parser = training.Parser(__doc__, dict(
         pretrained=(None, "stage-1 network whose features to use as well", str),
         test=(None, "held-out images to compare with (default: Fashion-MNIST's and CIFAR-10's own, else the data)", str),
         device=training.DEVICE,
-        json=(None, "append a line of JSON to this file for the data and for each file of samples", str),
-        picture=(None, "draw 64 images of the data and of the first file of each row", str)))
+        json=(None, "append a line of JSON to this file for each row", str)))
     parser.add_argument("data", metavar="NAME", help="digits, fashion-mnist, cifar10 or another labelled data set")
     parser.add_argument("samples", nargs="*", metavar="NAME=FILE", help="a row's name and its samples")
     args = parser.parse_intermixed_args()  # files may stand behind the flags
     for text in args.samples:
         if "=" not in text:
             parser.error(f"{text}: give NAME=FILE")
-    if args.data.endswith(":test"):
-        parser.error(f"{args.data}: give the name of the data set; its test images are the reference")
     measures = Measures(args.data, args.pretrained, args.test, training.start(args.device, alone=True))
     samples = [(name, data.load(path)) for name, path in (text.rsplit("=", 1) for text in args.samples)]
-    for view in measures.views.values():
-        fid.check_images(view, *(dataset for _, dataset in samples))
+    measures.check(*(dataset for _, dataset in samples))
     rows = {name: [row] for name, row in measures.floors().items()}
-    shown = {"data": measures.reference.images}
-    for name, dataset in samples:
-        shown.setdefault(name, dataset.images)
-        rows.setdefault(name, []).append(measures(dataset.images, dataset.labels))
     if all(dataset.labels is None for _, dataset in samples):
-        for row in itertools.chain(*rows.values()):  # the data's accuracy stands beside that of samples only
+        for (row,) in rows.values():  # the data's accuracy stands beside that of samples only
             row.pop("accuracy", None)
+    for name, dataset in samples:
+        rows.setdefault(name, []).append(measures(dataset.images, dataset.labels))
     print(table(rows))
-    if args.picture:
-        demo.save_panels(shown.values(), args.picture)
-        print(f"{args.picture}: {' | '.join(shown)}")
     if args.json:
         add_lines(args.json, *({"data": args.data, "row": name, **seed} for name, row in rows.items() for seed in row))
 

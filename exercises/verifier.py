@@ -13,12 +13,11 @@ Adds lines of JSON to --results. A recipe that has its lines there is not measur
 
 import argparse
 import copy
-import functools
 
 import torch
 import torch.nn.functional as F
 
-from project import ROOT
+from project import HERE, ROOT
 import fid
 import measure
 import networks
@@ -29,9 +28,10 @@ from machinery.files import UserError
 
 CANDIDATES = (1, 2, 4, 8, 16)
 SIGMAS = (0.1, 0.2, 0.5, 1.0)  # noise levels at which the ratio is read
-DATA = {  # images that are measured; of training on: samples to learn from, steps; stage-1 network for FD (stage 1)
-    "digits": dict(samples=1797, pool=7372, steps=600, pretrained=str(ROOT / "assets" / "digits-stage1.pt")),
-    "fashion-mnist": dict(samples=2000, pool=18_000, steps=1500, pretrained=str(ROOT / "assets" / "fashion-mnist-stage1.pt")),
+ASSETS = ROOT / "assets"
+DATA = {  # images that are measured; of training on: samples to learn from, steps
+    "digits": dict(samples=1797, pool=7372, steps=600),
+    "fashion-mnist": dict(samples=2000, pool=18_000, steps=1500),
 }
 LR, BATCH = 3e-4, 128  # of training on
 RECIPES = ("blind", "as trained", "trained on")
@@ -59,12 +59,12 @@ def train_on(ratio, real, fake, steps, settings, seed):
     """A copy of `ratio`, trained further to tell images `real` from samples `fake` [n, C, H, W] of a frozen generator."""
     ratio, shape = copy.deepcopy(ratio).train().requires_grad_(True), real.shape[1:]
     rt = training.Runtime(torch.device("cpu"), batch=BATCH)
-    optimizer, objective = training.Optimizer(ratio, rt, (0.0, 0.999)), functools.partial(train_diffratio.ratio_loss, ratio)
+    optimizer = training.Optimizer(ratio, rt, (0.0, 0.999))
     for step in range(1, steps + 1):
         rt.seed(seed, step, "verifier")
         a, b = (images[(rt.rand() * len(images)).long()] for images in (real, fake))
-        sigma = train_diffratio.noise_levels(settings, rt)
-        optimizer.step(LR, objective, a, b, sigma, rt.randn(*shape), rt.randn(*shape))
+        batch = a, b, train_diffratio.noise_levels(settings, rt), rt.randn(*shape), rt.randn(*shape)
+        optimizer.step(LR, lambda *tensors: train_diffratio.ratio_loss(ratio, *tensors), *batch)
     return ratio.eval()
 
 
@@ -75,34 +75,35 @@ def calibration(h_real, h_fake, bins=10):
     bins. mean_ratio: E_q[exp h], 1 for the exact ratio. loss: cross-entropy, ln 2 if blind. Data and samples weigh a half each.
     """
     h = torch.cat([h_real, h_fake]).double()
-    real = torch.cat([torch.ones(len(h_real)), torch.zeros(len(h_fake))]).double()
-    weight = torch.where(real > 0, 0.5 / len(h_real), 0.5 / len(h_fake)).double()
+    real = torch.arange(len(h)) < len(h_real)
+    weight = torch.where(real, 0.5 / len(h_real), 0.5 / len(h_fake)).double()
     p = h.sigmoid()
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, (p * bins).long().clamp(max=bins - 1), weight * (p - real))
-    loss = (weight * F.softplus(torch.where(real > 0, -h, h))).sum()
-    accuracy = (weight * ((h > 0) == (real > 0))).sum()
-    return {"accuracy": accuracy.item(), "error": gaps.abs().sum().item(), "mean_ratio": h_fake.double().exp().mean().item(),
-            "loss": loss.item()}
+    bin_of = (p * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins).double().index_add_(0, bin_of, weight * (p - real.double()))
+    loss = weight * F.softplus(torch.where(real, -h, h))
+    return {"accuracy": weight[(h > 0) == real].sum().item(), "error": gaps.abs().sum().item(),
+            "mean_ratio": h_fake.double().exp().mean().item(), "loss": loss.sum().item()}
 
 
 def weighted(features, weights, tag):
-    """Mean and covariance of features [m, d] with weights [m] that sum to one, as the `Statistics` of a distance."""
-    x, w = features.double(), weights.double()
+    """The `Statistics` of features [m, d] with weights [m]."""
+    x, w = features.double(), weights.double() / weights.sum()
     return fid.Statistics((w @ x).numpy(), x.T.cov(correction=0, aweights=w).numpy(), tag, len(x))
 
 
 def worth(measures, features, nearest, chosen, weights):
-    """{measure: number} of the candidates `chosen` [n], and of all K with their `weights` [n, K], without the chance of a choice.
+    """{measure: number} of the candidates `chosen` [n], and of all K with their `weights` [n, K].
 
     features: {view: [n, 16, d]} of all candidates, nearest [m, 16]: their distances to the nearest training image.
     """
-    rows, result = torch.arange(len(chosen)), {}
-    result["nearest"] = nearest[rows[: len(nearest)], chosen[: len(nearest)]].median().item()
+    rows, m = torch.arange(len(chosen)), len(nearest)
+    result = {"nearest": nearest[rows[:m], chosen[:m]].median().item()}
     for view, each in features.items():
         held, tag = measures.held[view], measures.views[view].tag
         result[f"fd_{view}"] = measures.distance(view, each[rows, chosen])
-        ours = weighted(each[:, : weights.shape[1]].flatten(0, 1), weights.flatten() / len(weights), tag)
-        result[f"average_{view}"] = fid.frechet_distance(ours, weighted(held, torch.full((len(held),), 1 / len(held)), tag))
+        ours = weighted(each[:, : weights.shape[1]].flatten(0, 1), weights.flatten(), tag)
+        theirs = weighted(held, torch.ones(len(held)), tag)
+        result[f"average_{view}"] = fid.frechet_distance(ours, theirs)
     return result
 
 
@@ -110,11 +111,10 @@ def sweep(args, seed, path, ratio_path, shared, recipes):
     """Yield the lines of each of `recipes`, which begin with `shared`: at each noise level, for each K."""
     net = checkpoints.load_network(path, role="generator")
     ratio = sample.load_ratio(ratio_path, net, path)
-    if net.config.label_dim:
-        raise UserError(f"{path}: conditional on classes; this exercise takes unconditional networks")
-    dataset, own = data.load(args.data), DATA[args.data]
-    if (net.config.img_resolution, net.config.img_channels) != (dataset.resolution, dataset.channels):
-        raise UserError(f"{path}: a generator of other images than those of {args.data}; --data names what it was trained on")
+    dataset, own, config = data.load(args.data), DATA[args.data], net.config
+    wanted = dataset.resolution, dataset.channels, 0
+    if (config.img_resolution, config.img_channels, config.label_dim) != wanted:
+        raise UserError(f"{path}: a generator of other images than {args.data}, or with classes")
     measures = measure.Measures(args.data, args.pretrained)
     order = torch.randperm(len(dataset), generator=training.rng("cpu", seed, "split")).numpy()
     train, judged = order[: len(order) * 8 // 10], order[len(order) * 9 // 10 :]
@@ -160,15 +160,16 @@ def table(rows):
 def main():
     parser = training.Parser(__doc__, dict(
         data=("digits", "what the generator was trained on", list(DATA)),
-        network=(str(ROOT / "assets" / "{data}.pt"), "the generator; {data} and {seed} are replaced"),
-        ratio=(str(ROOT / "assets" / "{data}-ratio.pt"), "its ratio network, in the same way"),
-        pretrained=(None, "stage-1 network for FD (stage 1) (default: that of assets/)", str),
+        network=(f"{ASSETS}/{{data}}.pt", "the generator; {data} and {seed} are replaced"),
+        ratio=(f"{ASSETS}/{{data}}-ratio.pt", "its ratio network, in the same way"),
+        pretrained=(f"{ASSETS}/{{data}}-stage1.pt", "stage-1 network for FD (stage 1)"),
         seeds=(1, "seeds 0 to N - 1"),
         samples=(None, "images that are measured (default: that of the data)", training.number("4 or more", int, 4)),
-        results=(str(ROOT / "exercises" / "results" / "verifier.jsonl"), "JSON lines to add to")))
+        results=(str(HERE / "results" / "verifier.jsonl"), "JSON lines to add to")))
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES, metavar="NAME", help="%(choices)s")
     args = parser.parse_args()
-    args.samples, args.pretrained = (getattr(args, name) or DATA[args.data][name] for name in ("samples", "pretrained"))
+    args.samples = args.samples or DATA[args.data]["samples"]
+    args.pretrained = args.pretrained.replace("{data}", args.data)
     for seed in range(args.seeds):
         paths = [path.replace("{data}", args.data).replace("{seed}", str(seed)) for path in (args.network, args.ratio)]
         shared = {"data": args.data, "samples": args.samples, "seed": seed}
