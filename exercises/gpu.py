@@ -195,9 +195,6 @@ def hardware(device):
     return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
-# ---- The page ----------------------------------------------------------------------------------------
-
-
 class Page:
     """Lines of Markdown, printed and written to a file as they come; a clock for each part."""
 
@@ -401,9 +398,6 @@ def speed(page, rt, presets, batch, seconds, repeats, compiled=False):
             for layout, function in tried.items():
                 with mock.patch.object(networks, "memory_format", function):
                     page.row(f"{preset}, {here.batch} images: {name}{layout}", lambda: cells(prepare, config, here))
-
-
-# ---- Training ----------------------------------------------------------------------------------------
 
 
 def train(page, rt, seconds):
