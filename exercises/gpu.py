@@ -3,18 +3,18 @@
     python exercises/gpu.py                              everything; the page goes to gpu.md as it grows
     python exercises/gpu.py --parts speed --preset cifar10 --batch 4 --device cpu
 
-Without CUDA it runs on the CPU what that can do in three minutes. Parts: `correctness` compares networks, training steps
-and features with the CPU in float64 or float32; `speed` times the functions that train on random images and weights, on
-which the speed does not depend, and beside them variational score distillation (VSD), which shows the cost of a teacher;
-`training` trains both stages and measures the samples. FLOP are those of matrix products and convolutions, as PyTorch
-counts them. `compiled` does the first two with torch.compile. Each part has a time limit; what it has no time for is named.
+Without CUDA it runs on the CPU what that can do in three minutes. Parts: `correctness` compares
+networks, training steps and features with the CPU; `speed` times training and sampling on random
+images and weights, with variational score distillation (VSD) and SiD for the cost of a teacher;
+`training` trains both stages on the digits and measures the samples; `compiled` does the first two
+with torch.compile. FLOP are those of matrix products and convolutions. Each part has a time limit.
 """
 
 import copy
 import dataclasses
 import datetime
 import functools
-import json
+import itertools
 import platform
 import statistics
 import subprocess
@@ -39,6 +39,8 @@ import train_diffratio
 from machinery import checkpoints, training
 
 PARTS = ("correctness", "speed", "training", "compiled")
+LARGE = ("cifar10", "imagenet64", "imagenet512")
+ERRORS = ("", "error", "of the gradients")
 STAGE1 = ROOT / "assets" / "digits-stage1.pt"
 
 # ---- What is measured --------------------------------------------------------------------------------
@@ -167,21 +169,21 @@ def measure(function, device, repeats):
 
     The memory is that of tensors on a GPU and of the process on a CPU; NaN where only Linux would tell.
     """
-    cuda, clear = device.type == "cuda", Path("/proc/self/clear_refs")
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats(device)
+    module, clear, peak = torch.get_device_module(device), Path("/proc/self/clear_refs"), float("nan")
+    module.synchronize()
+    if device.type == "cuda":
+        module.reset_peak_memory_stats(device)
     elif clear.exists():
         clear.write_text("5")  # forget the peak of this process
     seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
         function()
-        if cuda:
-            torch.cuda.synchronize()
+        module.synchronize()
         seconds.append(time.perf_counter() - begin)
-    peak = torch.cuda.max_memory_allocated(device) / 1e9 if cuda else float("nan")
-    if not cuda and clear.exists():
+    if device.type == "cuda":
+        peak = module.max_memory_allocated(device) / 1e9
+    elif clear.exists():
         peak = int(clear.with_name("status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
     return statistics.median(seconds), peak
 
@@ -189,14 +191,8 @@ def measure(function, device, repeats):
 def hardware(device):
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-    try:
-        name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-
-
-# ---- The page ----------------------------------------------------------------------------------------
 
 
 class Page:
@@ -224,8 +220,7 @@ class Page:
         except Exception as error:  # the page is the report: the next row may still run
             text = str(error).strip().splitlines() or [""]
             cells = [f"**{type(error).__name__}: {text[0][:150]}**"]
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         self.line(f"| {name} | {' | '.join(map(str, cells))} |")
 
 
@@ -268,16 +263,16 @@ def network_check(architecture, rt, compiled):
 
 
 def iteration_check(iteration, rt):
-    """How far the weights after an iteration on this device are from the CPU's, as a share of the way they went."""
-    results = []
-    for where in (training.Runtime(torch.device("cpu"), batch=8), rt):
+    """Error of the way that the weights go in an iteration, relative to the way on the CPU."""
+    ways = []
+    for where in (rt, training.Runtime(torch.device("cpu"), batch=8)):
         torch.manual_seed(0)
         step = iteration(networks.NETWORKS["digits"], where)
-        before = [p.detach().cpu().clone() for net in step.nets for p in net.parameters()]
+        weights = [p for net in step.nets for p in net.parameters()]
+        before = [p.detach().clone() for p in weights]
         step()
-        after = [p.detach().cpu() for net in step.nets for p in net.parameters()]
-        results.append([b - a for a, b in zip(before, after)])
-    return [verdict(apart(results[1], results[0]), 0.05)]  # Adam's first step is the sign of each gradient
+        ways.append([p - old for p, old in zip(weights, before)])
+    return [verdict(apart(*ways), 0.05)]  # Adam's first step is the sign of each gradient
 
 
 def call(script, *arguments):
@@ -285,19 +280,21 @@ def call(script, *arguments):
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{script} failed")
+        raise RuntimeError((done.stderr.strip() or f"{script} failed").splitlines()[-1])
     return done.stdout
 
 
 def continuation_check(rt):
     """The same for a run that was stopped and continued, against one that was not."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = "--init", STAGE1, "--batch", 32, "--lr-decay-kimg", 1, "--device", rt.device.type, "--precision", "fp32"
+        flags = ["--init", STAGE1, "--batch", 32, "--lr-decay-kimg", 1, "--grid-kimg", 100,
+                 "--device", rt.device.type, "--precision", "fp32"]
         for name, kimg in (("straight", 0.256), ("continued", 0.128), ("continued", 0.256)):
-            call("train_diffratio.py", *flags, "--kimg", kimg, "--outdir", f"{folder}/{name}", "--grid-kimg", 100)
-        paths = STAGE1, f"{folder}/straight/network.pt", f"{folder}/continued/network.pt"
-        start, straight, continued = ([*checkpoints.load_network(path).parameters()] for path in paths)
-    return [verdict(apart(*([p - q for p, q in zip(end, start)] for end in (continued, straight))), 0.05)]
+            call("train_diffratio.py", *flags, "--kimg", kimg, "--outdir", f"{folder}/{name}")
+        paths = STAGE1, f"{folder}/continued/network.pt", f"{folder}/straight/network.pt"
+        start, *ends = ([*checkpoints.load_network(path).parameters()] for path in paths)
+    ways = [[p - old for p, old in zip(end, start)] for end in ends]
+    return [verdict(apart(*ways), 0.05)]
 
 
 def feature_check(which, rt):
@@ -321,30 +318,28 @@ def attention_kernel(preset, rt):
         seen.add(torch._fused_sdp_choice(q, k, v))
         return fused(q, k, v)
 
-    config = networks.NETWORKS[pretrain.PRESETS[preset]["network"]]
     with mock.patch.object(F, "scaled_dot_product_attention", attend):
-        sampling(config, dataclasses.replace(rt, batch=2, micro_batch=None))()
-    return [", ".join({0: "**math**", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}.get(i, str(i)) for i in sorted(seen))]
+        sampling(memory.network_of(preset), dataclasses.replace(rt, batch=2, micro_batch=None))()
+    names = {0: "**math**", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}
+    return [", ".join(names.get(i, str(i)) for i in sorted(seen))]
 
 
 def network_rows(page, rt, compiled):
-    on_gpu = rt.device.type == "cuda"
-    for precision in ("fp32", "bf16", "fp16") if on_gpu and not compiled else ("fp32", "bf16"):
+    precisions = ("fp32", "bf16", "fp16") if rt.device.type == "cuda" and not compiled else ("fp32", "bf16")
+    for precision, architecture in itertools.product(precisions, ARCHITECTURES):
         here = dataclasses.replace(rt, precision=precision)
-        for architecture in ARCHITECTURES:
-            torch._dynamo.reset()
-            page.row(f"{architecture}, {precision}{', compiled' * compiled}",
-                     lambda: network_check(architecture, here, compiled))
+        torch._dynamo.reset()
+        page.row(f"{architecture}, {precision}{', compiled' * compiled}", lambda: network_check(architecture, here, compiled))
 
 
 def correctness(page, rt, seconds):
     exact = dataclasses.replace(rt, precision="fp32", batch=8, micro_batch=None)
-    page.part("Correctness: relative errors against the CPU", ["", "error", "of the gradients"], seconds)
+    page.part("Correctness: relative errors against the CPU", ERRORS, seconds)
     for iteration in (stage_1, stage_2):
         page.row(f"weights after an iteration, {iteration.__name__}", lambda: iteration_check(iteration, exact))
     for which in ("stage 1", "Inception"):
         page.row(f"{which} features", lambda: feature_check(which, rt))
-    for preset in ("cifar10", "imagenet64", "imagenet512") if rt.device.type == "cuda" else ():
+    for preset in LARGE if rt.device.type == "cuda" else ():
         page.row(f"attention of {preset}, {rt.precision}", lambda: attention_kernel(preset, rt))
     network_rows(page, rt, compiled=False)
     page.row("a run stopped and continued", lambda: continuation_check(rt))
@@ -362,21 +357,20 @@ def matrix_rate(rt):
     return 2 * n**3 / measure(lambda: a @ b, rt.device, 10)[0]
 
 
-def images_that_fit(page, preset, config, rt):
-    """The largest power of two up to 512 for which `memory.count` leaves 15 % of the device; a line says what it counted."""
+def images_that_fit(page, preset, rt):
+    """Images at once in stage 2, at most 512, by `memory.count`; a line says what it counted."""
     if rt.device.type == "cpu":
         return 32
-    total = torch.cuda.get_device_properties(rt.device).total_memory
-    fixed, per_image = memory.count(dataclasses.replace(config, dropout=0.0), 2048)
-    fitting = max(1, int((0.85 * total - fixed) / per_image))
-    n = min(512, 2 ** (fitting.bit_length() - 1))
+    fixed, per_image = memory.count(memory.network_of(preset), 2048)
+    card = torch.cuda.get_device_properties(rt.device).total_memory
+    n = min(512, memory.images_that_fit(fixed, per_image, card) or 1)
     page.line(f"| {preset}: memory of stage 2 with {n} images, computed | | | | | {(fixed + n * per_image) / 1e9:.1f} |")
     return n
 
 
 def speed(page, rt, presets, batch, seconds, repeats, compiled=False):
     """A table of the time and memory of what trains and samples, preset by preset."""
-    on_gpu, rate = rt.device.type == "cuda", matrix_rate(rt)
+    rate = matrix_rate(rt)
     page.part(f"Speed{', compiled' * compiled} ({rt.precision}; matrix products run at {rate / 1e12:.3g} TFLOP/s)",
               ["", "images/s", "seconds", "TFLOP/s", "share of the matrix rate", "peak memory, GB"], seconds)
     layouts = {", channels-last": lambda *_: torch.channels_last, ", NCHW": lambda *_: torch.contiguous_format}
@@ -390,49 +384,41 @@ def speed(page, rt, presets, batch, seconds, repeats, compiled=False):
         if compiled:
             function = prepare(config, here, compiled)
             function()
-        seconds, memory_gb = measure(function, rt.device, 1 if prepare is heun else repeats)
-        flop = counter.get_total_flops()
-        return (f"{here.batch / seconds:.4g}", f"{seconds:.3g}", f"{flop / seconds / 1e12:.3g}",
-                f"{100 * flop / seconds / rate:.0f} %", f"{memory_gb:.1f}")
+        seconds, peak = measure(function, rt.device, 1 if prepare is heun else repeats)
+        flops = counter.get_total_flops() / seconds
+        return (f"{here.batch / seconds:.4g}", f"{seconds:.3g}", f"{flops / 1e12:.3g}", f"{100 * flops / rate:.0f} %", f"{peak:.1f}")
 
     for preset in presets:
         config = networks.NETWORKS[pretrain.PRESETS[preset]["network"]]
-        here = dataclasses.replace(rt, batch=batch or images_that_fit(page, preset, config, rt), micro_batch=None)
+        here = dataclasses.replace(rt, batch=batch or images_that_fit(page, preset, rt), micro_batch=None)
         for name, prepare in MEASURED.items():
             if compiled and prepare in (features, heun):
                 continue  # one is not compiled, the other is one step 35 times
-            tried = layouts if on_gpu and prepare in (stage_1, stage_2) else {"": networks.memory_format}
+            tried = layouts if rt.device.type == "cuda" and prepare in (stage_1, stage_2) else {"": networks.memory_format}
             for layout, function in tried.items():
                 with mock.patch.object(networks, "memory_format", function):
                     page.row(f"{preset}, {here.batch} images: {name}{layout}", lambda: cells(prepare, config, here))
 
 
-# ---- Training ----------------------------------------------------------------------------------------
-
-
 def train(page, rt, seconds):
-    """Both stages of Fashion-MNIST at full length if `seconds` allow, else of the digits, and the measures."""
-    page.part("Training, seed 0", ["", ""], seconds)
-    name, device = "fashion-mnist", ("--device", rt.device.type)
+    """Train both stages of the digits, and measure."""
+    page.part("Training on the digits, seed 0", ["", "", "seconds"], seconds)
+    device = "--device", rt.device.type
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            call("pretrain.py", "--preset", name, "--kimg", 16, "--outdir", f"{folder}/try", *device)
-            rate = json.loads(Path(folder, "try", "log.jsonl").read_text().splitlines()[-1])["images_per_second"]
-            needed = (256_000 + 3 * 448_000) / rate  # an image of stage 2 takes about three times as long
-            if needed > seconds:
-                raise RuntimeError(f"it would take {needed:.0f} s")
-        except RuntimeError as error:  # no data here, or too slow
-            page.line(f"| Fashion-MNIST | not run: {error} |")
-            name = "digits"
-        stage1, stage2, samples = f"{folder}/pretrain", f"{folder}/dijs", f"{folder}/samples.npz"
-        for script, *flags in (("pretrain.py", "--preset", name, "--outdir", stage1),
-                               ("train_diffratio.py", "--preset", name, "--init", f"{stage1}/network.pt", "--outdir", stage2),
-                               ("sample.py", "--network", f"{stage2}/network.pt", "--n", 5000, "--out", samples)):
+        stage1, stage2 = (f"{folder}/{stage}/network.pt" for stage in ("pretrain", "dijs"))
+        samples = f"{folder}/samples.npz"
+
+        def cells(script, *flags):
             begin = time.monotonic()
-            page.row(f"{name}, {script}", lambda: ["; ".join(call(script, *flags, *device).splitlines()[-2:])])
-            page.line(f"| seconds | {time.monotonic() - begin:.0f} |")
+            said = call(script, *flags, *device).splitlines()[-2:]
+            return "; ".join(said), f"{time.monotonic() - begin:.0f}"
+
+        for command in (("pretrain.py", "--outdir", f"{folder}/pretrain"),
+                        ("train_diffratio.py", "--init", stage1, "--outdir", f"{folder}/dijs"),
+                        ("sample.py", "--network", stage2, "--n", 5000, "--out", samples)):
+            page.row(command[0], lambda: cells(*command))
         try:
-            table = call("exercises/measure.py", name, "--pretrained", f"{stage1}/network.pt", f"one step={samples}")
+            table = call("exercises/measure.py", "digits", "--pretrained", stage1, f"one step={samples}")
         except RuntimeError as error:
             table = f"not measured: {error}"
     page.line(f"\n{table}")
@@ -453,7 +439,7 @@ def main():
     rt = training.start(args.device, args.precision, alone=True)
     on_gpu = rt.device.type == "cuda"
     minutes = args.minutes or (25 if on_gpu else 3)
-    presets = args.preset or (("cifar10", "imagenet64", "imagenet512") if on_gpu else ("fashion-mnist",))
+    presets = args.preset or (LARGE if on_gpu else ("fashion-mnist",))
     quarter = minutes * 60 / 4
     page = Page(args.out)
     page.line(f"{hardware(rt.device)}; PyTorch {torch.__version__}, Python {platform.python_version()}; {datetime.date.today()}")
@@ -466,7 +452,7 @@ def main():
             train(page, rt, quarter)
         else:
             if name == "compiled":
-                page.part("Correctness, compiled: relative errors against the CPU", ["", "error", "of the gradients"], quarter / 2)
+                page.part("Correctness, compiled: relative errors against the CPU", ERRORS, quarter / 2)
                 network_rows(page, rt, compiled=True)
             speed(page, rt, presets, args.batch, quarter, args.repeats, compiled=name == "compiled")
 

@@ -79,9 +79,6 @@ LOOPS = {
 }
 
 
-# ---- The truth ---------------------------------------------------------------------------------------
-
-
 class Mixture:
     """A mixture of Gaussians in the plane: centres [K, 2], stds [K]. Noise of level sigma widens each of them."""
 
@@ -163,9 +160,6 @@ def score(net, x, sigma):
     return (net(x[:, :, None, None], sigma).flatten(1) - x) / sigma[:, None] ** 2
 
 
-# ---- Training ----------------------------------------------------------------------------------------
-
-
 class Trainer:
     """Adam with a rate that falls to zero along half a cosine over `steps` calls of `step(loss [N])`."""
 
@@ -224,12 +218,11 @@ def known(o, seed):
 
 
 def train_teacher(o, seed):
-    """The score of p."""
     return train_score(known(o, seed), o, seed, "teacher", o["teacher_width"] or o["width"], o["teacher_steps"] or o["steps"])
 
 
 def train_both(o, seed):
-    """Function (x, sigma) -> three gradients of ln p/q at x [N, 2]: the truth, the ratio network's, that of two scores."""
+    """Function (x, sigma) -> the true gradient of ln p/q at x [N, 2], the ratio network's, that of two scores."""
     p, q = spiral(), spiral(o["turn"])
     ratio, teacher = train_ratio(known(o, seed), q, o, seed), train_teacher(o, seed)
     student = train_score(q, o, seed, "student", o["width"], o["steps"], teacher if o["from_teacher"] else None)

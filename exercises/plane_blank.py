@@ -43,7 +43,6 @@ def generator_loss(ratio, fake, sigma, eps, divergence):
 
 
 def eight():
-    """Eight Gaussians on a circle."""
     angle = 2 * math.pi * torch.arange(8) / 8
     return plane.Mixture(0.7 * torch.stack([angle.cos(), angle.sin()], dim=1), torch.full((8,), 0.05))
 

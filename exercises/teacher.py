@@ -1,16 +1,15 @@
 """Stage 2 with a teacher: variational score distillation (VSD) and SiD, to stand beside DiffRatio.
 
-The networks, noise levels, rates, lengths and logs are those of train_diffratio.py. What differs is where the generator's
-direction comes from: two denoisers instead of one ratio network. The teacher D_T is the frozen network of stage 1. The
-student D_S starts as its copy and learns, by the loss of stage 1, from the generator's samples. No data is needed. Writes
-what train_diffratio.py writes, but no ratio.pt. The same command again resumes the run.
+It differs from train_diffratio.py in where the generator's direction comes from: two denoisers instead of one ratio network.
+The teacher D_T is the frozen network of stage 1. The student D_S starts as its copy and learns, by the loss of stage 1, from
+the generator's samples. No data is needed. No ratio.pt is written. The same command again resumes the run.
 
-    python exercises/teacher.py --method vsd --kimg 50
-    python exercises/teacher.py --method sid --kimg 50
+    python exercises/teacher.py --method vsd --kimg 50          or sid
 """
 
 import copy
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
@@ -96,10 +95,7 @@ def iteration(method, nets, optimizers, rates, z, labels, t_init, score_noise, n
     Returns the losses [N] of the student and of the generator.
     """
     generator, student, teacher = nets
-    rt = optimizers[0].rt
-
-    def G(z, labels):
-        return sample.one_step(generator, z, labels, t_init)
+    G = functools.partial(sample.one_step, generator, t_init=t_init)  # G(z, labels)
 
     def score_objective(*inputs):
         return [pretrain.denoising_loss(student, *inputs)]
@@ -108,7 +104,7 @@ def iteration(method, nets, optimizers, rates, z, labels, t_init, score_noise, n
         fake = fake if fake.requires_grad else G(z, labels)  # several micro-batches: drawn again
         return [METHODS[method](teacher, student, fake, sigma, eps, labels)]
 
-    fake = rt.in_parts(G, z, labels)
+    fake = optimizers[0].rt.in_parts(G, z, labels)
     student.requires_grad_(True)
     (score_loss,) = optimizers[1].step(rates[1], score_objective, fake.detach(), *score_noise, labels)
     student.requires_grad_(False)

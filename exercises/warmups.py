@@ -64,7 +64,7 @@ def wrong_loss(seed, args=None):
 
 
 def real_digits():
-    """The 1797 digits, [1797, 1, 8, 8] in [-1, 1]."""
+    """[1797, 1, 8, 8] in [-1, 1]."""
     dataset = data.load("digits")
     return dataset.to_model(dataset.batch(np.arange(len(dataset)))[0], "cpu")
 
@@ -101,18 +101,16 @@ def read_log(seed, args):
 
     Noise levels as in training. `right`: share told apart, of the data and of fresh samples; 0.5 is blind.
     """
-    sums = right = 0
-    for sigma, h_real, h_fake in both_logits(seed, args.noises):
-        sums = sums + training.band_sums(sigma, h_real, h_fake)
-        right = right + training.by_band(sigma, torch.stack([torch.ones_like(h_real), (h_real > 0).float(), (h_fake < 0).float()]))
-    last = {}
+    sigma, h_real, h_fake = (torch.cat(each) for each in zip(*both_logits(seed, args.noises)))
+    sums = {"bands": training.band_sums(sigma, h_real, h_fake), "generator_loss": torch.zeros(()), "gradient": torch.ones(1, 5)}
+    bands = training.stage2_line(sums, 1)[0]["bands"]
+    right = torch.stack([h_real > 0, h_fake < 0]).float()
+    shares = (training.by_band(sigma, right) / training.by_band(sigma, torch.ones_like(right))).T.tolist()
+    rows, last = [], {}
     if args.log:
         with reading(args.log, "a log.jsonl of stage 2", "give the one beside a ratio.pt"):
             last = json.loads(Path(args.log).read_text().splitlines()[-1])["bands"]
-    rows = []
-    record, _ = training.stage2_line({"bands": sums, "generator_loss": torch.zeros(()), "gradient": sums[:1]}, 1)
-    for i, (band, found) in enumerate(record["bands"].items()):
-        of_data, of_samples = (right[1:, i] / right[0, i]).tolist()
+    for (band, found), (of_data, of_samples) in zip(bands.items(), shares):
         row = {"sigma": band, "right, data": of_data, "right, samples": of_samples, "right": found["accuracy"]}
         row["ln 2 - cross-entropy"] = math.log(2) - found["loss"]
         rows.append({**row, "in the log": math.log(2) - last[band]["loss"]} if band in last else row)
@@ -138,9 +136,8 @@ def reliability(seed, args, bins=(0.0, 0.45, 0.48, 0.5, 0.52, 0.55, 1.0)):
     rows = []
     for low, high in zip(bins, bins[1:]):
         inside = (probability >= low) & (probability < high)
-        frequency, ideal = is_data[inside].mean().item(), probability[inside].mean().item()
-        row = {"P": f"{low:g} to {high:g}", "count": float(inside.sum())}
-        rows.append({**row, "frequency of data": frequency, "ideal: mean P": ideal})
+        rows.append({"P": f"{low:g} to {high:g}", "count": float(inside.sum()),
+                     "frequency of data": is_data[inside].mean().item(), "ideal: mean P": probability[inside].mean().item()})
     return rows
 
 
@@ -175,9 +172,8 @@ def price(seed, args):
     return [{"sampler": name, "evaluations": float(cost), **distances(args.measures, x)} for name, (cost, x) in drawn.items()]
 
 
-EVERY = {"wrong-loss": wrong_loss, "log": read_log, "calibration": calibration, "reliability": reliability,
-         "one-step": one_step, "price": price}
-SAMPLING = ("one-step", "price")
+SAMPLING = {"one-step": one_step, "price": price}
+EVERY = {"wrong-loss": wrong_loss, "log": read_log, "calibration": calibration, "reliability": reliability, **SAMPLING}
 
 
 def table(seeds):

@@ -8,10 +8,9 @@ import check
 import plane
 import pytest
 import torch
-import torch.nn.functional as F
 import warmups
 from conftest import ROOT
-from test_method import F_OF_U, GRID, SmallRatio, log_normal
+from test_method import F_OF_U, SmallRatio
 
 import train_diffratio
 
@@ -28,20 +27,6 @@ def test_f_of_u_over_u_has_another_gradient_which_kl_hides():
     assert rows["fkl"]["f(u)/u"] < 0 < rows["fkl"]["f'(u)"]
 
 
-def test_realism_maximisation_is_an_f_divergence():
-    """f'' = 1/(1 + u) > 0, and the divergence is 2 KL((p + q)/2 || p) + 2 ln 2 - 1, smallest where q = p."""
-    u = torch.linspace(0.01, 20, 200, dtype=torch.float64, requires_grad=True)
-    first = torch.autograd.grad(F_OF_U["dirm"](u).sum(), u, create_graph=True)[0]
-    torch.testing.assert_close(torch.autograd.grad(first.sum(), u)[0], 1 / (1 + u.detach()))
-    log_p = log_normal(GRID, 0, 1.5)
-    for mean, std in ((0.0, 1.5), (0.7, 1.0), (2.0, 0.5), (-2.0, 1.2)):
-        log_q = log_normal(GRID, mean, std)
-        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-        value = torch.trapezoid(log_p.exp() * F_OF_U["dirm"]((log_q - log_p).exp()), GRID).item()
-        kl = torch.trapezoid(log_m.exp() * (log_m - log_p), GRID).item()
-        assert value == pytest.approx(2 * kl + 2 * math.log(2) - 1, abs=1e-9) and (kl > 1e-3) == (mean != 0)
-
-
 def test_dijs_is_the_minimax_game_on_the_classifiers_own_loss():
     """The generator's gradient with DiJS is minus that of `ratio_loss`."""
     torch.manual_seed(0)
@@ -51,22 +36,6 @@ def test_dijs_is_the_minimax_game_on_the_classifiers_own_loss():
     (of_the_loss,) = torch.autograd.grad(train_diffratio.ratio_loss(ratio, real, fake, sigma, eps, eps)[0].sum(), fake)
     torch.testing.assert_close(generators, -of_the_loss)
     assert generators.abs().min() > 0
-
-
-def test_cross_entropy_bounds_jensen_shannon_from_below():
-    """ln 2 - cross-entropy <= JS for every classifier, with equality for h = ln p/q only. By quadrature."""
-    log_p, log_q = log_normal(GRID, 0, 1.5), log_normal(GRID, 0.7, 1)
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    js = 0.5 * torch.trapezoid(log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m), GRID).item()
-
-    def bound(h):
-        return math.log(2) - 0.5 * torch.trapezoid(log_p.exp() * F.softplus(-h) + log_q.exp() * F.softplus(h), GRID).item()
-
-    exact = log_p - log_q
-    assert bound(exact) == pytest.approx(js, abs=1e-9)
-    assert bound(0 * GRID) == pytest.approx(0, abs=1e-9)  # blind
-    for h in (0.5 * exact, 2 * exact, exact + 0.3, exact + GRID.sin(), -exact, GRID):
-        assert bound(h) < js - 1e-3
 
 
 def test_warmups_of_the_networks_in_assets(call, capsys, tmp_path):
@@ -167,8 +136,6 @@ def test_plane_and_warmups_say_what_is_missing(refused, monkeypatch, tmp_path):
 
 def test_plane_draws(call, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    for settings in (plane.COMMON, plane.LOOP):
-        monkeypatch.setitem(settings, "steps", 2)
-    flags = ["--regimes", "far", "affine, exact", "MLP, ratio", "--results", tmp_path / "rows.jsonl"]
-    call(plane, *flags, "--pictures", tmp_path)
+    monkeypatch.setitem(plane.COMMON, "steps", 2)
+    call(plane, "--regimes", "far", "--results", tmp_path / "rows.jsonl", "--pictures", tmp_path)
     assert (tmp_path / "plane-field.png").exists()
