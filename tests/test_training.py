@@ -89,7 +89,7 @@ def test_two_iterations_written_out_by_hand(call, stage1, tmp_path, device):
 
 @pytest.mark.parametrize("name, flags", [
     *((name, f"--divergence {name}") for name in train_diffratio.DIVERGENCES),
-    ("dijs", "--ratio-steps 2 --ratio-init random"), ("dijs", "--init random --network digits"),
+    ("dijs", "--ratio-steps 2 --ratio-init random"),
 ])
 def test_what_stage_2_can_do_trains_and_logs_the_noise_bands(
         call, stage1, tmp_path, monkeypatch, name, flags, device):
@@ -250,18 +250,19 @@ def test_classes_are_fixed_in_turn_or_uniform(call, refused, tmp_path, device):
     assert "no classes" in refused(sample, "--class", "each", *png)
 
 
-def test_latents_are_written_where_diffusers_is_missing(call, refused, tmp_path, monkeypatch, capsys):
+def test_pictures_of_edm2_are_drawn_and_latents_need_diffusers(
+        call, refused, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    for channels in (3, 4):  # pictures and latents
+
+    def command(channels):
         config = networks.Config("edm2", 16, channels, 10, 64, (1, 2), 1, (8,))
-        network = tmp_path / f"{channels}.pt"
-        checkpoints.save_network(network, networks.Denoiser(config), role="generator", t_init=2.5)
-        call(sample, "--network", network, "--n", "2", "--out", tmp_path / f"{channels}.npz")
-    assert "pip install diffusers" in capsys.readouterr().out
-    assert np.load(tmp_path / "4.npz")["latents"].shape == (2, 4, 16, 16)
-    assert data.load(tmp_path / "3.npz").images.shape == (2, 16, 16, 3)
-    args = "--network", tmp_path / "4.pt", "--out", tmp_path / "x.png"
-    assert "pip install diffusers" in refused(sample, *args)
+        path = tmp_path / f"{channels}.pt"
+        checkpoints.save_network(path, networks.Denoiser(config), role="generator", t_init=2.5)
+        return "--network", path, "--n", "2", "--out", tmp_path / "x.npz"
+
+    assert "`pip install diffusers`" in refused(sample, *command(4))
+    call(sample, *command(3))
+    assert data.load(tmp_path / "x.npz").images.shape == (2, 16, 16, 3)
 
 
 # ---- Bad input: one clear line, exit code 2, nothing lost
@@ -349,7 +350,7 @@ def test_input_that_does_not_fit_is_named(refused, stage1, tmp_path):
         "--kimg=-1", "--batch=0", "--lr=nan", "--preset=imagenet", "--lr-rampup-kimg=-1",
         "--lr-decay-batches=inf", "--p-mean=nan", "--beta2=1", "--dropout=1", "--micro-batch=3")),
     *((train_diffratio, flag) for flag in (
-        "--lr-decay-kimg=-1", "--fid-images=1", "--network=digits", "--beta1=1", "--beta2=-0.3")),
+        "--lr-decay-kimg=-1", "--fid-images=1", "--beta1=1", "--beta2=-0.3")),
 ])
 def test_nonsense_flags_are_refused(refused, tmp_path, script, flag):
     assert flag.split("=")[0] in refused(script, flag, "--outdir", tmp_path / "x")
