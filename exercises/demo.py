@@ -50,9 +50,11 @@ def main():
         parts = sample.in_batches(net, range(count), args.seed, rt.device, 256)
         return np.concatenate([data.to_uint8(x) for x, _ in parts])
 
+    def features(images):
+        return torch.cat([extractor(part)[0] for part in torch.tensor(images).split(256)])
+
     def distance(*sides):
-        a, b = (fid.measure(extractor, lambda part: x[part], len(x), rt)[0] for x in sides)
-        return fid.frechet_distance(a, b)
+        return fid.frechet_distance(*(fid.Statistics.of(x, extractor.tag) for x in sides))
 
     generator = checkpoints.load_network(args.generator, role="generator").about
     images = {
@@ -62,17 +64,18 @@ def main():
     }
     path = Path(args.outdir) / "demo.png"
     save_panels((dataset.images, *images.values()), path)
+    known, drawn = features(dataset.images), {name: features(x) for name, x in images.items()}
     distances = {name: [] for name in EXPECTED}
     for i in range(REPEATS):
-        a, b = (dataset.images[indices] for indices in fid.split_half(whole, args.seed + i))
+        a, b = (known[indices] for indices in fid.split_half(whole, args.seed + i))
         distances[HALVES].append(distance(a, b))
-        for name, x in images.items():
+        for name, x in drawn.items():
             distances[name].append(distance(x[i * half % len(x) :][:half], b))
     mean = {name: np.mean(values) for name, values in distances.items()}
     ratio = mean[AFTER] / mean[HALVES]
-    gain = distance(images[BEFORE], dataset.images) / distance(images[AFTER], dataset.images)
-    x, known = (torch.tensor(a).flatten(1).float() for a in (images[AFTER], dataset.images))
-    nearest = dataset.labels[torch.cdist(x, known).argmin(dim=1).numpy()]
+    gain = distance(drawn[BEFORE], known) / distance(drawn[AFTER], known)
+    x, y = (torch.tensor(a).flatten(1).float() for a in (images[AFTER], dataset.images))
+    nearest = dataset.labels[torch.cdist(x, y).argmin(dim=1).numpy()]
     shares = 100 * np.bincount(nearest, minlength=10) / len(x)
 
     print(f"\nFD (stage 1) of {half} images from {half} of the data, mean of {REPEATS} draws")
