@@ -329,33 +329,22 @@ def table(exercise, path, short=False):
 
 
 def draw(exercise, path, picture):
-    """Draw the distance over training, with its band over seeds, and samples of seed 0."""
-    plt, runs, strips, seconds = plane.pyplot(), results(path), {}, {}
+    """Draw the distance over training of each row: its mean and its band over seeds."""
+    plt, runs, seconds = plane.pyplot(), results(path), {}
     if exercise == "teacher":  # per thousand images, measured side by side
         costs = measure.json_lines(REFERENCE.with_name("teacher-cost.jsonl"))
         seconds = {row["method"]: 1000 * row["seconds_per_image"] for row in costs}
-    figure = plt.figure(figsize=(11, 4.2), dpi=110, layout="constrained")
-    left, right = figure.subfigures(1, 2)
-    axes = left.subplots()
-    for i, name in enumerate(EXERCISES[exercise]):
-        row = row_of(exercise, name)
-        if curves := [line["curve"] for line in runs.get(run_name(*row), ())]:
+    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150, layout="constrained")
+    for name in EXERCISES[exercise]:
+        if curves := [line["curve"] for line in runs.get(run_name(*row_of(exercise, name)), ())]:
             x = np.array(curves[0])[:, 0] / 1000 * seconds.get(name.lower(), 1)
             values = np.array(curves)[:, :, 1]
-            axes.plot(x, np.exp(np.log(values).mean(axis=0)), label=name, color=f"C{i}")  # the mean of a log axis
-            axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=f"C{i}", alpha=0.15, linewidth=0)
-        if (network := folder_of(*row, 0, path) / "network.pt").exists():
-            net = checkpoints.load_network(network, role="generator")
-            images = data.to_uint8(next(sample.in_batches(net, range(12), 0, "cpu", 12))[0])[..., 0]
-            strips[name] = np.hstack(np.pad(images, ((0, 0), (0, 0), (0, 1)), constant_values=255))
-    axes.set(xlabel="seconds on one core" if seconds else "thousand images", ylabel="FD (stage 1)", yscale="log")
+            axes.plot(x, np.exp(np.log(values).mean(axis=0)), label=name)  # the mean of a log axis
+            axes.fill_between(x, values.min(axis=0), values.max(axis=0), alpha=0.15, linewidth=0)
+    x_label = "seconds on one core" if seconds else "thousand images"
+    axes.set(xlabel=x_label, ylabel="FD (stage 1)", yscale="log")
     axes.grid(alpha=0.3)
-    left.legend(fontsize=7, loc="outside lower center", ncols=2)  # over no curve
-    panels = right.subplots(len(strips), 1, squeeze=False).flat if strips else ()
-    for axis, (name, images) in zip(panels, strips.items()):
-        axis.imshow(images, cmap="gray", vmin=0, vmax=255)
-        axis.set_title(name, fontsize=7, loc="left", pad=2)
-        axis.axis("off")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)  # over no curve
     plane.save(figure, picture, "figure")
     plt.close(figure)
 
