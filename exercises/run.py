@@ -10,6 +10,7 @@ of runs/exercises/RESULTS and a line of RESULTS, both with a hash of scripts and
 line of the same hash is not run again. After a stop the same command continues.
 """
 
+import itertools
 import json
 import os
 import re
@@ -271,13 +272,14 @@ def results(path):
 def intervals(runs):
     """{run: {heading: (low, high)}}: where 95 % of single further runs lie, from {run: lines of its n seeds}.
 
-    mean +- t s sqrt(1 + 1/n) (Hahn and Meeker, Statistical Intervals, 1991, section 4.7). Three seeds give no deviation s of
-    their own: it is pooled over the rows whose mean FD (classifier) is below `FAR`, or over those above. Distances: of the log.
+    mean +- t s sqrt(1 + 1/n) (Hahn and Meeker, Statistical Intervals, 1991, section 4.7). Few seeds give no deviation s of their
+    own: it is pooled over rows of one length whose mean FD (classifier) is below `FAR`, or above. Distances: of the log.
     """
     result = {run: {} for run, lines in runs.items() if len(lines) > 1}
+    short = {run: kimg_of(runs[run][0].get("flags", "")) < KIMG / 2 for run in result}
     far = {run: np.mean([line["fd_classifier"] for line in runs[run]]) >= FAR for run in result}
-    for side in (False, True):
-        group = [run for run in result if far[run] == side]
+    for kind in itertools.product((False, True), repeat=2):
+        group = [run for run in result if (short[run], far[run]) == kind]
         freedom = sum(len(runs[run]) - 1 for run in group)
         for heading, factor in JUDGED.items():
             value, _ = measure.COLUMNS[heading]
