@@ -553,7 +553,9 @@ class RatioNetwork(nn.Module):
 
 
 def memory_format(config, device_type, compiled=False):
-    """Channels-last is faster, except with GroupNorm on GPUs: that kernel takes only NCHW."""
+    """Channels-last is faster, except with GroupNorm on GPUs, whose kernel takes only NCHW; the
+    compiler writes its own.
+    """
     channels_last = compiled or device_type == "cpu" or config.architecture == "edm2"
     return torch.channels_last if channels_last else torch.contiguous_format
 

@@ -119,7 +119,7 @@ def pick(h, indices, seed):
 
 
 @torch.no_grad()
-def choose(net, ratio, indices, seed, device, candidates, sigma, label=None, steps=18):
+def choose(net, ratio, indices, seed, device, candidates, sigma, label=None):
     """Inference-time scaling (arXiv 2502.08005, v5): draw candidates, keep one by the ratio.
 
     Importance resampling with exp(h) at noise level sigma (docs/method.md, section 5). Returns
@@ -128,7 +128,7 @@ def choose(net, ratio, indices, seed, device, candidates, sigma, label=None, ste
     images, logits = [], []
     for k in range(candidates):
         z, labels = inputs(net, indices, seed, device, label, k)
-        images.append(generate(net, z, labels, steps))
+        images.append(generate(net, z, labels))
         eps, _ = inputs(net, indices, seed, device, candidate=-1 - k)
         level = torch.full((len(z),), sigma, device=device)
         logits.append(ratio(images[-1] + sigma * eps, level, labels))
@@ -225,7 +225,7 @@ def main():
     common, sizes = (args.seed, rt.device), []  # sizes: effective sample sizes of the choices
     if ratio:
         drawn = (choose(net, ratio, part.tolist(), *common, args.candidates, args.ratio_sigma,
-                        label, args.steps) for part in torch.arange(args.n).split(args.batch))
+                        label) for part in torch.arange(args.n).split(args.batch))
     else:
         drawn = in_batches(net, range(args.n), *common, args.batch, label, args.steps)
 

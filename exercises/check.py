@@ -107,8 +107,7 @@ class Watch:
                 x, sigma = x.chunk(2)[1], sigma.chunk(2)[1]  # the second half is samples
                 self.versions = [*(self.versions or [version]), state_of(net)]
             found["samples"], found["noise"] = self.origin(x, sigma)
-            newest_first = self.versions[::-1]
-            found["behind"] = newest_first.index(version) if version in newest_first else None
+            found["version"] = version
         return result
 
 
@@ -137,18 +136,22 @@ ORDERS = {
 }
 
 
-def order(steps):
+def order(watch):
     """What the last iteration did, with the questions of AS_IT_IS: {question: answer}."""
+    steps, newest_first = watch.steps, watch.versions[::-1]
     if steps.keys() != {"ratio", "generator"} or None in (step["samples"] for step in steps.values()):
         raise UserError("both networks must step, on samples of the generator plus sigma times a draw of rt.randn")
     ratio, generator = steps["ratio"], steps["generator"]
-    a, b = ratio["samples"], generator["samples"]
-    same, older = a is b or a["z"] == b["z"] is not None, b["made"] - a["made"]
+    of_ratio, of_generator = ratio["samples"], generator["samples"]
+    same_z = of_ratio["z"] is not None and of_ratio["z"] == of_generator["z"]
+    older = of_generator["made"] - of_ratio["made"]
+    version = generator["version"]
+    behind = newest_first.index(version) if version in newest_first else None
     followed = {0: "as its step left it", None: "in a state that no step left"}
     return dict(zip(AS_IT_IS, (
-        "those of the ratio's step" if same else "others than in the ratio's step",
+        "those of the ratio's step" if same_z or of_ratio is of_generator else "others than in the ratio's step",
         "that of the ratio's step" if generator["noise"] == ratio["noise"] else "a new draw",
-        followed.get(generator["behind"], f"as it was {generator['behind']} step before"),
+        followed.get(behind, f"as it was {behind} step before"),
         f"of the generator {older} step before" if older else "of the present generator",
         "moves" if generator["moved"] else "does not move",
         f"{generator['beta1']:g} and {ratio['beta1']:g}")))
@@ -158,7 +161,7 @@ def check_order(script, variant):
     """Exercise 5."""
     if variant and variant not in ORDERS:
         raise UserError(f"exercise 5 has variants a to e, not {variant}; (f) and (g) are flags")
-    found = order(Watch(script).steps)
+    found = order(Watch(script))
     usual = {question: answer for question, (answer, _) in AS_IT_IS.items()}
     if not variant:
         print("".join(f"  {question}: {answer}\n" for question, answer in found.items()), end="")

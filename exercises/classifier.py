@@ -97,4 +97,5 @@ def extractor(net, dataset):
 
     name, size = f"the classifier of {dataset.name}", net.hidden.out_features
     shape, device = dataset.images.shape[1:], net.out.weight.device
+    # Not for `fid.reference_statistics`: this tag does not tell the weights.
     return fid.Extractor(name, name, size, shape, device, function)

@@ -56,10 +56,10 @@ def main():
     def distance(*sides):
         return fid.frechet_distance(*(fid.Statistics.of(x, extractor.tag) for x in sides))
 
-    generator = checkpoints.load_network(args.generator, role="generator").about
+    about = checkpoints.load_network(args.generator, role="generator").about
     images = {
         HEUN: samples(args.pretrained, half),
-        BEFORE: samples(args.pretrained, 4 * whole, generator),  # as stage 2 starts
+        BEFORE: samples(args.pretrained, 4 * whole, about),  # as stage 2 starts
         AFTER: samples(args.generator, 4 * whole),
     }
     path = Path(args.outdir) / "demo.png"

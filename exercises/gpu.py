@@ -289,7 +289,7 @@ def call(script, *arguments):
 
 
 def continuation_check(rt):
-    """The same for a run that was stopped and continued, against one that was not."""
+    """Error of the way of a run that was stopped and continued, relative to one that was not."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--init", STAGE1, "--batch", 32, "--lr-decay-kimg", 1, "--grid-kimg", 100,
                  "--device", rt.device.type, "--precision", "fp32"]
@@ -361,7 +361,7 @@ def matrix_rate(rt):
     return 2 * n**3 / measure(lambda: a @ b, rt.device, 10)[0]
 
 
-def images_that_fit(page, preset, rt):
+def batch_of(page, preset, rt):
     """Images at once in stage 2, at most 512, by `memory.count`; a line says what it counted."""
     if rt.device.type == "cpu":
         return 32
@@ -394,7 +394,7 @@ def speed(page, rt, presets, batch, seconds, repeats, compiled=False):
 
     for preset in presets:
         config = networks.NETWORKS[pretrain.PRESETS[preset]["network"]]
-        here = dataclasses.replace(rt, batch=batch or images_that_fit(page, preset, rt), micro_batch=None)
+        here = dataclasses.replace(rt, batch=batch or batch_of(page, preset, rt), micro_batch=None)
         for name, prepare in MEASURED.items():
             if compiled and prepare in (features, heun):
                 continue  # one is not compiled, the other is one step 35 times

@@ -157,7 +157,7 @@ def train(folder, flags, names, seed):
     if "teacher" in names:
         script, one_step = root / "exercises" / "teacher.py", ""
     elif names and "mine" not in names:
-        if any("one-level" in name for name in names):  # a finished stage 1 is not trained again
+        if any("one-level" in name for name in names) and not one_level_is_there():
             outdir = (WORK / changes.ONE_LEVEL).parent
             call([root / "pretrain.py", *ONE_LEVEL.split(), "--outdir", outdir], root)
         script = folder / changes.SCRIPT
@@ -165,6 +165,12 @@ def train(folder, flags, names, seed):
             part.write_text(changes.changed(names))
     flags = shlex.split(f"{COMMON} {CURVE} {one_step} {flags}")
     call([script, *flags, "--seed", seed, "--outdir", folder], root)
+
+
+def one_level_is_there():
+    """Whether the stage 1 of one noise level is finished."""
+    path = WORK / changes.ONE_LEVEL
+    return path.exists() and checkpoints.load_network(path).about["nimg"] >= 1000 * kimg_of(ONE_LEVEL)
 
 
 def call(command, root):

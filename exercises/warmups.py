@@ -102,7 +102,8 @@ def read_log(seed, args):
     Noise levels as in training. `right`: share told apart, of the data and of fresh samples; 0.5 is blind.
     """
     sigma, h_real, h_fake = (torch.cat(each) for each in zip(*both_logits(seed, args.noises)))
-    sums = {"bands": training.band_sums(sigma, h_real, h_fake), "generator_loss": torch.zeros(()), "gradient": torch.ones(1, 5)}
+    unused = dict(generator_loss=torch.zeros(()), gradient=torch.ones(1, 5))
+    sums = dict(unused, bands=training.band_sums(sigma, h_real, h_fake))
     bands = training.stage2_line(sums, 1)[0]["bands"]
     right = torch.stack([h_real > 0, h_fake < 0]).float()
     shares = (training.by_band(sigma, right) / training.by_band(sigma, torch.ones_like(right))).T.tolist()

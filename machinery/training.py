@@ -309,7 +309,8 @@ PRECISION = ("auto", "auto: on GPUs bf16, or fp16 where that is missing; on CPUs
 SHARED_SETTINGS = dict(
     data=(None, "digits, fashion-mnist, cifar10, or a folder, zip, .npz or IDX folder", str),
     resolution=(None, "crop the centre of images and resize it to N x N", int),
-    outdir=(None, "folder of the run (default: runs/PRESET/pretrain or .../DIVERGENCE)", str),
+    outdir=(None, "folder of the run, which continues there if it is unfinished "
+            "(default: runs/PRESET/pretrain or runs/PRESET/DIVERGENCE)", str),
     kimg=(None, "length of the run in thousands of images; a larger one continues a finished run, "
           "and a learning rate that had fallen rises again", float),
     batch=(None, "images per step, over all ranks", int),
@@ -366,7 +367,8 @@ class Run:
         images = max(round(args.kimg * 1000), 1)
         self.total_nimg = -(-images // rt.batch) * rt.batch  # whole batches
         self.nimg = self.logged_nimg = 0
-        self.sums, self.step = {}, {}  # for the log: since its last line, of this rank's step
+        self.sums = {}  # for the log: of all ranks, since its last line
+        self.step = {}  # the same of this rank, in the present step
         self.stopping = False  # whether a rank got a signal
         self.path, self.log_path = self.dir / "checkpoint.pt", self.dir / "log.jsonl"
         if rt.is_main and (locked := files.lock(self.dir / ".lock", self.dir)):
@@ -425,7 +427,7 @@ class Run:
         return _signals.in_step
 
     def advance(self):
-        """Count the step just taken. If any rank got a signal, all are `stopping`."""
+        """Count the step, add its sums over the ranks. After a signal to one all are `stopping`."""
         for name, value in self.step.items():
             self.sums[name] = self.rt.sum(value) + self.sums.get(name, 0)
         self.step = {}
@@ -536,6 +538,7 @@ def by_band(sigma, values):
 def stage2_line(sums, images):
     """(record, text) for the log: means over the images since the line before.
 
+    generator_loss: as it is minimised; it says that the run is alive, not how good samples are.
     ratio_loss: ln 2 = 0.693 where data and samples cannot be told apart; ratio_accuracy: 0.5 there.
     bands: the same by noise level, mean and deviation of the logit h, and the band's share of the
     generator's gradient on the samples (summed norms). How to read them: docs/own-data.md.

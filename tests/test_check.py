@@ -67,6 +67,18 @@ def test_each_order_of_the_steps_is_told_from_the_others(variant, other, edited,
     assert not any(line.strip() in shown for line in solution)
 
 
+def test_another_way_to_do_both_at_once_is_right_too(edited, verdict):
+    """The generator's step stands before the ratio network's."""
+    text = STAGE2.read_text()
+    start = text.index("            _, h_real, h_fake = ratio_optimizer.step(")
+    middle = text.index("        # 2. Generator: the same samples")
+    end = text.index("        run.advance()  # counts")
+    ratio_step, generator_step = text[start:middle], text[middle:end]
+    later = "\n".join(line.removeprefix("    ") for line in ratio_step.splitlines()) + "\n"
+    thawed = "        ratio.requires_grad_(True)\n" + later
+    assert verdict("5", edited(STAGE2, {ratio_step + generator_step: generator_step + thawed}), "d")[0]
+
+
 def test_the_script_as_it_is_is_variant_a_and_an_error_names_its_line(edited, verdict, refused):
     right, shown = verdict("5", STAGE2)
     assert not right and "your script is: a" in shown

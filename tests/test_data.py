@@ -456,11 +456,16 @@ def test_bad_input_is_named_labels_where_they_are_asked_for(tmp_path, labels, ki
         assert all(word in message for word in [kind, *words]), message
 
 
-@pytest.mark.parametrize("name", [None, "other/file"])
-def test_errors_of_the_system_keep_their_words_and_name_the_file(name):
-    message = f"Permission denied: '{name or 'some/file'}'$"
-    with pytest.raises(PermissionError, match=message), files.reading("some/file", "a picture"):
-        raise OSError(errno.EACCES, "Permission denied", name)
+@pytest.mark.parametrize("error, kind, message", [
+    *[(error, UserError, "^some/file: ") for error in (
+        OSError(errno.EINVAL, "Invalid argument"), OSError("cut"), MemoryError(), RecursionError(),
+        UserError("no name"))],
+    *[(OSError(errno.EACCES, "Permission denied", name), PermissionError, f"denied: '{shown}'$")
+      for name, shown in ((None, "some/file"), ("other/file", "other/file"))],  # the system's words
+])
+def test_whatever_a_parser_raises_names_the_file(error, kind, message):
+    with pytest.raises(kind, match=message), files.reading("some/file", "a picture"):
+        raise error
 
 
 def test_archives_are_checked_and_nothing_is_executed_nor_extracted(tmp_path, monkeypatch):

@@ -27,6 +27,16 @@ def test_f_of_u_over_u_has_another_gradient_which_kl_hides():
     assert rows["fkl"]["f(u)/u"] < 0 < rows["fkl"]["f'(u)"]
 
 
+@pytest.mark.parametrize("mean, std", [(0.0, 1.5), (0.7, 1.0), (2.0, 0.5)])
+def test_dirm_is_the_kl_divergence_of_the_mixture_up_to_a_constant(mean, std):
+    """docs/method.md: 2 KL((p + q)/2 || p) + 2 ln 2 - 1, by quadrature."""
+    log_p, log_q = (warmups.log_normal(warmups.GRID, *pair) for pair in ((0, 1.5), (mean, std)))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    value = torch.trapezoid(log_p.exp() * F_OF_U["dirm"]((log_q - log_p).exp()), warmups.GRID)
+    kl = torch.trapezoid(log_m.exp() * (log_m - log_p), warmups.GRID).item()
+    assert value.item() == pytest.approx(2 * kl + 2 * math.log(2) - 1, abs=1e-9)
+
+
 def test_dijs_is_the_minimax_game_on_the_classifiers_own_loss():
     """The generator's gradient with DiJS is minus that of `ratio_loss`."""
     torch.manual_seed(0)

@@ -212,3 +212,7 @@ def test_the_log_sums_the_size_of_each_samples_gradient_by_noise_level():
     weight = torch.tensor([1.0, 2, 3, float("inf")]).view(4, 1, 1, 1)  # fp16 may overflow
     (weight * fake * torch.tensor([3.0, 4])).sum().backward()
     assert sums["gradient"].tolist() == [[5, 25, 0, 0, 0]]
+    bands = training.band_sums(sigma, sigma, sigma)
+    nothing = dict(bands=bands, generator_loss=torch.zeros(()), gradient=torch.zeros(1, 5))
+    record, _ = training.stage2_line(nothing, 4)  # all steps overflowed
+    assert {band["gradient_share"] for band in record["bands"].values()} == {0}
