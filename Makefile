@@ -7,7 +7,7 @@ PYTHON ?= python3
 SEED ?= 0
 OUT ?= runs/digits$(if $(filter-out 0,$(SEED)),-$(SEED))
 PY = .venv/bin/python
-RUNS = $(patsubst %, tests/test_%.py, runs training method fid)
+RUNS = $(patsubst %, tests/test_%.py, runs training method fid fuzz exercises_teacher exercises_closed_form)
 
 .PHONY: demo test test-runs test-others exercises
 
