@@ -11,6 +11,7 @@ import torch
 
 import project  # noqa: F401
 import fid
+import measure
 import sample
 from machinery import checkpoints, data, training
 
@@ -50,12 +51,6 @@ def main():
         parts = sample.in_batches(net, range(count), args.seed, rt.device, 256)
         return np.concatenate([data.to_uint8(x) for x, _ in parts])
 
-    def features(images):
-        return torch.cat([extractor(part)[0] for part in torch.tensor(images).split(256)])
-
-    def distance(*sides):
-        return fid.frechet_distance(*(fid.Statistics.of(x, extractor.tag) for x in sides))
-
     about = checkpoints.load_network(args.generator, role="generator").about
     images = {
         HEUN: samples(args.pretrained, half),
@@ -64,16 +59,19 @@ def main():
     }
     path = Path(args.outdir) / "demo.png"
     save_panels((dataset.images, *images.values()), path)
-    known, drawn = features(dataset.images), {name: features(x) for name, x in images.items()}
+    known = measure.features(extractor, dataset.images)
+    drawn = {name: measure.features(extractor, x) for name, x in images.items()}
     distances = {name: [] for name in EXPECTED}
     for i in range(REPEATS):
         a, b = (known[indices] for indices in fid.split_half(whole, args.seed + i))
-        distances[HALVES].append(distance(a, b))
+        distances[HALVES].append(measure.distance(extractor, a, b))
         for name, x in drawn.items():
-            distances[name].append(distance(x[i * half % len(x) :][:half], b))
+            part = x[i * half % len(x) :][:half]
+            distances[name].append(measure.distance(extractor, part, b))
     mean = {name: np.mean(values) for name, values in distances.items()}
     ratio = mean[AFTER] / mean[HALVES]
-    gain = distance(drawn[BEFORE], known) / distance(drawn[AFTER], known)
+    before, after = (measure.distance(extractor, drawn[name], known) for name in (BEFORE, AFTER))
+    gain = before / after
     x, y = (torch.tensor(a).flatten(1).float() for a in (images[AFTER], dataset.images))
     nearest = dataset.labels[torch.cdist(x, y).argmin(dim=1).numpy()]
     shares = 100 * np.bincount(nearest, minlength=10) / len(x)

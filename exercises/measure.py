@@ -45,6 +45,17 @@ def chosen(images, limit=fid.PAIRS_LIMIT):
     return images if len(images) <= limit else images[fid.random_choice(len(images), limit).numpy()]
 
 
+def features(extractor, images):
+    """Features [n, d] of images uint8 [n, H, W, C]."""
+    parts = torch.tensor(images).split(500)  # a copy, as a data set may be read-only
+    return torch.cat([extractor(part)[0] for part in parts])
+
+
+def distance(extractor, a, b):
+    """Fréchet distance of two sets of its features, [n, d] and [m, d]."""
+    return fid.frechet_distance(*(fid.Statistics.of(x, extractor.tag) for x in (a, b)))
+
+
 class Measures:
     """The measures of samples of one data set. `measures(images)` is a dict of numbers.
 
@@ -73,17 +84,15 @@ class Measures:
         return torch.tensor(images).to(self.device).flatten(1).float()
 
     def features(self, view, images):
-        """Features [n, d] of images uint8 [n, H, W, C]; `view` is "classifier" or "stage1"."""
-        parts = torch.tensor(images).split(500)  # a copy, as a data set may be read-only
-        return torch.cat([self.views[view](part)[0] for part in parts])
+        """`features` of the view "classifier" or "stage1"."""
+        return features(self.views[view], images)
 
     def all_features(self, images):
         return {view: self.features(view, chosen(images)) for view in self.views}
 
     def distance(self, view, ours, held=None):
-        """Fréchet distance of features [n, d] from `held` [m, d], by default those of the reference."""
-        sides = ours, self.held[view] if held is None else held
-        return fid.frechet_distance(*(fid.Statistics.of(x, self.views[view].tag) for x in sides))
+        """`distance` of features [n, d] from `held` [m, d], by default those of the reference."""
+        return distance(self.views[view], ours, self.held[view] if held is None else held)
 
     def nearest(self, images, skip_self=False):
         """Root mean square difference in grey levels to the nearest training image, [n], of the first `NEAREST` images."""

@@ -299,15 +299,18 @@ def intervals(runs):
     return result
 
 
-def judged(heading, expected, line=None):
-    """Text: an interval of `intervals`; of a line its value before it, and whether it is inside."""
-    (low, high), (value, form) = expected[heading], measure.COLUMNS[heading]
+def between(heading, expected):
+    """Text of an interval of `intervals`."""
+    (low, high), (_, form) = expected[heading], measure.COLUMNS[heading]
     rounded = "{:.0f}" if form == "{:.1f}" and high > 150 else form
-    interval = f"{rounded.format(low)} to {rounded.format(high)}"
-    if line is None:
-        return interval
+    return f"{rounded.format(low)} to {rounded.format(high)}"
+
+
+def judged(heading, line, expected):
+    """Text: the value of a line, whether it is inside its interval, and the interval."""
+    (low, high), (value, form) = expected[heading], measure.COLUMNS[heading]
     verdict = "inside" if low <= value(line) <= high else "OUTSIDE"
-    return f"{form.format(value(line))} {verdict} {interval}"
+    return f"{form.format(value(line))} {verdict} {between(heading, expected)}"
 
 
 def table(exercise, path, short=False):
@@ -320,23 +323,25 @@ def table(exercise, path, short=False):
     found = {name: runs[run] for name, run in names.items() if run in runs}
     if not found:
         return None
-    text, cells = [measure.table(found, columns)], {}
-    reference = Path(path).resolve() == REFERENCE
-    for name in [name for name in found if names[name] in expected]:
-        for line in [None] if reference else found[name]:
-            row = name if reference else f"{name}, seed {line['seed']}"
-            cells[row] = [judged(heading, expected[names[name]], line) for heading in JUDGED]
-    if cells:
+    known = {name: expected[names[name]] for name in found if names[name] in expected}
+    if Path(path).resolve() == REFERENCE:
+        said = "95 % of single runs of one more seed lie in these intervals:"
+        cells = {name: [between(heading, ends) for heading in JUDGED] for name, ends in known.items()}
+    else:
+        cells = {f"{name}, seed {line['seed']}": [judged(heading, line, ends) for heading in JUDGED]
+                 for name, ends in known.items() for line in found[name]}
         inside = [" inside " in cell for row in cells.values() for cell in row]
-        text += ["95 % of single runs of one more seed lie in these intervals:" if reference else
-                 f"{sum(inside)} of {len(inside)} cells lie inside the interval of our results, "
-                 "which holds 95 % of honest runs:", measure.markdown(JUDGED, cells)]
-    if without := [name for name in found if names[name] not in expected]:
+        said = (f"{sum(inside)} of {len(inside)} cells lie inside the interval of our results, "
+                "which holds 95 % of honest runs:")
+    text = [measure.table(found, columns)]
+    if cells:
+        text += [said, measure.markdown(JUDGED, cells)]
+    if without := [name for name in found if name not in known]:
         text.append(f"no reference exists for: {', '.join(without)}")
     return "\n\n".join(text)
 
 
-def draw(exercise, path, picture):
+def draw(exercise, path, picture, short=False):
     """Draw the distance over training of each row: its mean and its band over seeds."""
     plt, runs, seconds = plane.pyplot(), results(path), {}
     if exercise == "teacher":  # per thousand images, measured side by side
@@ -344,7 +349,7 @@ def draw(exercise, path, picture):
         seconds = {row["method"]: 1000 * row["seconds_per_image"] for row in costs}
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150, layout="constrained")
     for name in EXERCISES[exercise]:
-        if curves := [line["curve"] for line in runs.get(run_name(*row_of(exercise, name)), ())]:
+        if curves := [line["curve"] for line in runs.get(run_name(*row_of(exercise, name, short)), ())]:
             x = np.array(curves[0])[:, 0] / 1000 * seconds.get(name.lower(), 1)
             values = np.array(curves)[:, :, 1]
             axes.plot(x, np.exp(np.log(values).mean(axis=0)), label=name)  # the mean of a log axis
@@ -433,7 +438,7 @@ def main():
     for name, text in tables.items():
         print(f"\n{name}\n\n{text}")
         if args.pictures:
-            draw(name, path, args.pictures / f"{name}.png")
+            draw(name, path, args.pictures / f"{name}.png", args.short)
 
 
 if __name__ == "__main__":

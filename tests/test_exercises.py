@@ -15,7 +15,6 @@ import measure
 import numpy as np
 import pytest
 import run
-import torch
 from conftest import ROOT, same, weights
 from PIL import Image
 
@@ -76,6 +75,14 @@ def test_every_changed_row_trains(name, work):
     assert checkpoints.load_network(folder / "network.pt", role="generator").about["nimg"] == 64
     assert any("fid" in line for line in measure.json_lines(folder / "log.jsonl"))
     assert (folder / "train_diffratio.py").exists() == (bool(names) and names != ("teacher",))
+
+
+def test_a_finished_stage_1_of_one_level_is_not_trained_again(work):
+    """Not even resumed: its checkpoint may be of an earlier version."""
+    run.train(work / "first", "", ("ratio-one-level",), 0)
+    (work / changes.ONE_LEVEL).with_name("checkpoint.pt").write_text("of an earlier version")
+    run.train(work / "second", "", ("ratio-one-level",), 0)
+    assert same(weights(work / "first" / "network.pt"), weights(work / "second" / "network.pt"))
 
 
 @pytest.mark.parametrize("name", changes.CHANGES)
@@ -223,7 +230,7 @@ def test_pages_hold_the_means_and_intervals_that_the_program_prints(exercise):
     for name in run.EXERCISES[exercise]:
         if (key := run.run_name(*run.row_of(exercise, name))) in runs and name != "beta1 0":  # which is the first row of `order`
             values = [line["fd_classifier"] for line in runs[key]]
-            interval = run.judged("FD (classifier)", run.intervals(runs)[key])
+            interval = run.between("FD (classifier)", run.intervals(runs)[key])
             mean, spread = np.mean(values), np.std(values, ddof=1)
             assert f"| {name} | {mean:.1f} ± {spread:.1f} | {interval} |" in page.read_text()
 
