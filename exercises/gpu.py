@@ -1,12 +1,10 @@
-"""Check a device with one command: is it right, how fast is it, does it train?
+"""What a device makes of this code: errors of the networks, speed, memory. (`make test` runs the tests on CUDA, too.)
 
     python exercises/gpu.py                              everything; the page goes to gpu.md as it grows
     python exercises/gpu.py --parts speed --preset cifar10 --batch 4 --device cpu
 
-Without CUDA it runs on the CPU what that can do in three minutes. Parts: `correctness` compares
-networks, training steps and features with the CPU; `speed` times training and sampling on random
-images and weights, with variational score distillation (VSD) and SiD for the cost of a teacher;
-`training` trains both stages and measures the samples; `compiled` does the first two
+Parts: `correctness` compares each architecture with the CPU in float64; `speed` times training and sampling on random
+images and weights, with variational score distillation (VSD) and SiD for the cost of a teacher; `compiled` does both
 with torch.compile. FLOP are those of matrix products and convolutions. Each part has a time limit.
 """
 
@@ -15,21 +13,16 @@ import dataclasses
 import datetime
 import functools
 import itertools
-import json
 import platform
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from project import ROOT
+import project  # noqa: F401
 import fid
 import memory
 import networks
@@ -37,12 +30,10 @@ import pretrain
 import sample
 import teacher
 import train_diffratio
-from machinery import checkpoints, training
+from machinery import training
 
-PARTS = ("correctness", "speed", "training", "compiled")
+PARTS = ("correctness", "speed", "compiled")
 LARGE = ("cifar10", "imagenet64", "imagenet512")
-ERRORS = ("", "error", "of the gradients")
-STAGE1 = ROOT / "assets" / "digits-stage1.pt"
 
 # ---- What is measured --------------------------------------------------------------------------------
 
@@ -82,7 +73,6 @@ def stage_1(config, rt, compiled=False):
         optimizer.step(1e-4, lambda *part: [pretrain.denoising_loss(net, *part)], draw.x, draw.sigma, draw.eps, draw.labels)
         networks.update_ema(ema, net, rt.batch, 500_000, rt.batch)
 
-    step.nets = [net]
     return step
 
 
@@ -106,7 +96,6 @@ def stage_2(config, rt, compiled=False):
         generator_optimizer.step(1e-5, generator_objective, fake, draw.sigma_generator, draw.eps_generator, draw.labels)
         networks.update_ema(ema, generator, rt.batch, 500_000, rt.batch)
 
-    step.nets = [generator, ratio]
     return step
 
 
@@ -266,87 +255,14 @@ def network_check(architecture, rt, compiled):
     return verdict(apart([seen], [out]), limits[0]), verdict(apart(seen_grads, grads), limits[1])
 
 
-def iteration_check(iteration, rt):
-    """Error of the way that the weights go in an iteration, relative to the way on the CPU."""
-    ways = []
-    for where in (rt, training.Runtime(torch.device("cpu"), batch=8)):
-        torch.manual_seed(0)
-        step = iteration(networks.NETWORKS["digits"], where)
-        weights = [p for net in step.nets for p in net.parameters()]
-        before = [p.detach().clone() for p in weights]
-        step()
-        ways.append([p - old for p, old in zip(weights, before)])
-    return [verdict(apart(*ways), 0.05)]  # Adam's first step is the sign of each gradient
-
-
-def call(script, *arguments):
-    """Run a script of this project in a process of its own; return what it printed."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip() or f"{script} failed").splitlines()[-1])
-    return done.stdout
-
-
-def continuation_check(rt):
-    """Error of the way of a run that was stopped and continued, relative to one that was not."""
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--init", STAGE1, "--batch", 32, "--lr-decay-kimg", 1, "--grid-kimg", 100,
-                 "--device", rt.device.type, "--precision", "fp32"]
-        for name, kimg in (("straight", 0.256), ("continued", 0.128), ("continued", 0.256)):
-            call("train_diffratio.py", *flags, "--kimg", kimg, "--outdir", f"{folder}/{name}")
-        paths = STAGE1, f"{folder}/continued/network.pt", f"{folder}/straight/network.pt"
-        start, *ends = ([*checkpoints.load_network(path).parameters()] for path in paths)
-    ways = [[p - old for p, old in zip(end, start)] for end in ends]
-    return [verdict(apart(*ways), 0.05)]
-
-
-def feature_check(which, rt):
-    """Errors of the features of `which` against the CPU's, relative."""
-    images = torch.randint(256, (8, 8, 8, 1), dtype=torch.uint8)
-    if which == "stage 1":
-        seen, wanted = (fid.network_features(r, str(STAGE1))(images)[0] for r in (rt, training.Runtime(torch.device("cpu"))))
-    else:
-        state = {k: torch.rand(shape) + 0.5 if "var" in k else torch.randn(shape) / max(1, torch.Size(shape[1:]).numel()) ** 0.5
-                 for k, shape in inception_shapes().items()}
-        images = fid.resize_tf1(images.expand(-1, -1, -1, 3)).permute(0, 3, 1, 2) / 128 - 1
-        seen, wanted = (fid.Inception(state, device)(images.to(device))[0] for device in (rt.device, "cpu"))
-    return [verdict(apart([seen], [wanted]), 1e-4)]
-
-
-def attention_kernel(preset, rt):
-    """The kernel that PyTorch takes for the attention of a preset's network."""
-    seen, fused = set(), F.scaled_dot_product_attention
-
-    def attend(q, k, v):
-        seen.add(torch._fused_sdp_choice(q, k, v))
-        return fused(q, k, v)
-
-    with mock.patch.object(F, "scaled_dot_product_attention", attend):
-        sampling(memory.network_of(preset), dataclasses.replace(rt, batch=2, micro_batch=None))()
-    names = {0: "**math**", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}
-    return [", ".join(names.get(i, str(i)) for i in sorted(seen))]
-
-
-def network_rows(page, rt, compiled):
+def correctness(page, rt, seconds, compiled=False):
+    """A table of the errors of all architectures in each precision."""
+    page.part(f"Relative errors against the CPU in float64{', compiled' * compiled}", ["", "output", "gradients"], seconds)
     precisions = ("fp32", "bf16", "fp16") if rt.device.type == "cuda" and not compiled else ("fp32", "bf16")
     for precision, architecture in itertools.product(precisions, ARCHITECTURES):
         here = dataclasses.replace(rt, precision=precision)
         torch._dynamo.reset()
-        page.row(f"{architecture}, {precision}{', compiled' * compiled}", lambda: network_check(architecture, here, compiled))
-
-
-def correctness(page, rt, seconds):
-    exact = dataclasses.replace(rt, precision="fp32", batch=8, micro_batch=None)
-    page.part("Correctness: relative errors against the CPU", ERRORS, seconds)
-    for iteration in (stage_1, stage_2):
-        page.row(f"weights after an iteration, {iteration.__name__}", lambda: iteration_check(iteration, exact))
-    for which in ("stage 1", "Inception"):
-        page.row(f"{which} features", lambda: feature_check(which, rt))
-    for preset in LARGE if rt.device.type == "cuda" else ():
-        page.row(f"attention of {preset}, {rt.precision}", lambda: attention_kernel(preset, rt))
-    network_rows(page, rt, compiled=False)
-    page.row("a run stopped and continued", lambda: continuation_check(rt))
+        page.row(f"{architecture}, {precision}", lambda: network_check(architecture, here, compiled))
 
 
 # ---- Speed -------------------------------------------------------------------------------------------
@@ -404,34 +320,6 @@ def speed(page, rt, presets, batch, seconds, repeats, compiled=False):
                     page.row(f"{preset}, {here.batch} images: {name}{layout}", lambda: cells(prepare, config, here))
 
 
-def train(page, rt, seconds):
-    """Both stages of Fashion-MNIST at full length if `seconds` allow, else of the digits, and the measures."""
-    page.part("Training, seed 0", ["", ""], seconds)
-    name, device = "fashion-mnist", ("--device", rt.device.type)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            call("pretrain.py", "--preset", name, "--kimg", 16, "--outdir", f"{folder}/try", *device)
-            rate = json.loads(Path(folder, "try", "log.jsonl").read_text().splitlines()[-1])["images_per_second"]
-            needed = (256_000 + 3 * 448_000) / rate  # an image of stage 2 takes about three times as long
-            if needed > seconds:
-                raise RuntimeError(f"it would take {needed:.0f} s")
-        except RuntimeError as error:  # no data here, or too slow
-            page.line(f"| Fashion-MNIST | not run: {error} |")
-            name = "digits"
-        stage1, stage2, samples = f"{folder}/pretrain", f"{folder}/dijs", f"{folder}/samples.npz"
-        for script, *flags in (("pretrain.py", "--preset", name, "--outdir", stage1),
-                               ("train_diffratio.py", "--preset", name, "--init", f"{stage1}/network.pt", "--outdir", stage2),
-                               ("sample.py", "--network", f"{stage2}/network.pt", "--n", 5000, "--out", samples)):
-            begin = time.monotonic()
-            page.row(f"{name}, {script}", lambda: ["; ".join(call(script, *flags, *device).splitlines()[-2:])])
-            page.line(f"| seconds | {time.monotonic() - begin:.0f} |")
-        try:
-            table = call("exercises/measure.py", name, "--pretrained", f"{stage1}/network.pt", f"one step={samples}")
-        except RuntimeError as error:
-            table = f"not measured: {error}"
-    page.line(f"\n{table}")
-
-
 def main():
     parser = training.Parser(__doc__, dict(
         batch=(None, "speed: images at once (default: what the memory takes, at most 512; 32 on a CPU)", int),
@@ -440,29 +328,23 @@ def main():
         repeats=(5, "speed: timed calls of each; their median is shown"),
         minutes=(None, "time limit (default: 25, on a CPU 3)", float),
         out=("gpu.md", "the page")))
-    parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", help="%(choices)s (default: all; on a CPU the first two)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", help="%(choices)s (default: all; on a CPU not the last)")
     parser.add_argument("--preset", nargs="+", choices=list(pretrain.PRESETS), metavar="NAME",
                         help="speed: whose networks (default: cifar10 imagenet64 imagenet512; on a CPU fashion-mnist)")
     args = parser.parse_args()
     rt = training.start(args.device, args.precision, alone=True)
     on_gpu = rt.device.type == "cuda"
-    minutes = args.minutes or (25 if on_gpu else 3)
     presets = args.preset or (LARGE if on_gpu else ("fashion-mnist",))
-    quarter = minutes * 60 / 4
+    parts = args.parts or (PARTS if on_gpu else PARTS[:2])
+    seconds = (args.minutes or (25 if on_gpu else 3)) * 60 / len(parts)
     page = Page(args.out)
     page.line(f"{hardware(rt.device)}; PyTorch {torch.__version__}, Python {platform.python_version()}; {datetime.date.today()}")
-    if not on_gpu:
-        page.line(f"\nOn the CPU: what fits into {minutes:g} minutes. Training and compiled networks run only if --parts names them.")
-    for name in args.parts or (PARTS if on_gpu else PARTS[:2]):
-        if name == "correctness":
-            correctness(page, rt, quarter)
-        elif name == "training":
-            train(page, rt, quarter)
-        else:
-            if name == "compiled":
-                page.part("Correctness, compiled: relative errors against the CPU", ERRORS, quarter / 2)
-                network_rows(page, rt, compiled=True)
-            speed(page, rt, presets, args.batch, quarter, args.repeats, compiled=name == "compiled")
+    for part in parts:
+        compiled = part == "compiled"
+        if part != "speed":
+            correctness(page, rt, seconds / (1 + compiled), compiled)
+        if part != "correctness":
+            speed(page, rt, presets, args.batch, seconds / (1 + compiled), args.repeats, compiled)
 
 
 if __name__ == "__main__":

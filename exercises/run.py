@@ -35,7 +35,6 @@ import sample
 from machinery import checkpoints, data, files, training
 from machinery.files import UserError
 import measure
-import plane
 import verifier
 from scipy import stats
 
@@ -44,7 +43,6 @@ from scipy import stats
 STAGE1 = "assets/digits-stage1.pt"  # pretrain.py --kimg 200, in half precision
 KIMG = 24  # length of a run, thousands of images; --short: a quarter
 COMMON = f"--init {STAGE1} --kimg {KIMG} --batch 64"
-CURVE = f"--fid-every 4 --fid-features {STAGE1} --fid-images 1797"
 SAMPLES = 3594  # of each generator: twice the data
 ONE_LEVEL = "--kimg 200 --p-mean 0.9163 --p-std 0.001"  # ln 2.5: a stage 1 at a single noise level, for the exercise `stage-1`
 REFERENCE = HERE / "results" / "runs.jsonl"
@@ -111,11 +109,15 @@ EXTRA_COLUMNS = {
 }
 
 
-def row_of(exercise, name, short=False):
-    """(flags, names of changes) of a row."""
-    words = EXERCISES[exercise][name].split()
-    flags = " ".join(word for word in words if word[0] != "+")
-    return shortened(flags) if short else flags, tuple(word[1:] for word in words if word[0] == "+")
+def rows_of(exercise, short=False):
+    """{row: (flags, names of changes)}. short: without the rows that need a stage 1 of their own."""
+    rows = {}
+    for name, text in EXERCISES[exercise].items():
+        flags = " ".join(word for word in text.split() if word[0] != "+")
+        names = tuple(word[1:] for word in text.split() if word[0] == "+")
+        if not (short and any("one-level" in name for name in names)):
+            rows[name] = shortened(flags) if short else flags, names
+    return rows
 
 
 def shortened(flags):
@@ -138,7 +140,7 @@ def hash_of(flags, names):
     scripts = changes.texts(ROOT) if "mine" in names else changes.pristine()
     for name in set(names) & set(changes.CHANGES):
         scripts[f"{changes.SCRIPT} +{name}"] = repr(changes.CHANGES[name])
-    return changes.fingerprint(scripts, COMMON, CURVE, flags, "teacher" in names)
+    return changes.fingerprint(scripts, COMMON, flags, "teacher" in names)
 
 
 def folder_of(flags, names, seed, results):
@@ -163,7 +165,7 @@ def train(folder, flags, names, seed):
         script = folder / changes.SCRIPT
         with files.atomic(script) as part:
             part.write_text(changes.changed(names))
-    flags = shlex.split(f"{COMMON} {CURVE} {one_step} {flags}")
+    flags = shlex.split(f"{COMMON} {one_step} {flags}")
     call([script, *flags, "--seed", seed, "--outdir", folder], root)
 
 
@@ -210,7 +212,7 @@ def measured(folder, flags, measures, seed):
         raise UserError(f"{folder} is a run of {kimg:g} instead of {wanted:g} kimg; remove it")
     net = checkpoints.load_network(folder / "network.pt", role="generator")
     images = np.concatenate([data.to_uint8(x) for x, _ in sample.in_batches(net, range(SAMPLES), seed, "cpu", 300)])
-    line = dict(measures(images), curve=[[line["nimg"], line["fid"]] for line in log if "fid" in line])
+    line = measures(images)
     if "bands" in last:  # of a method with a ratio network
         line["bands"] = {name: band["accuracy"] for name, band in last["bands"].items()}
         line["calibration"] = calibration(folder, measures.train, seed)
@@ -228,8 +230,7 @@ def own_code(exercise):
 
 def run_all(args, exercises):
     """Train and measure the rows, or the working copy, where there is no line of the same hash."""
-    wanted = [(exercise, name, *row_of(exercise, name, args.short))
-              for exercise in exercises for name in EXERCISES[exercise]]
+    wanted = [(exercise, name, *row) for exercise in exercises for name, row in rows_of(exercise, args.short).items()]
     if args.mine is not None:
         teacher = ("teacher",) * (exercises[0] == "teacher")
         flags = args.mine or ("--method vsd" if teacher else "")
@@ -317,7 +318,7 @@ def table(exercise, path, short=False):
     """The exercise's tables, of all seeds that the file `path` holds; None if it holds none."""
     columns = {name: measure.COLUMNS[name] for name in SHOWN} | EXTRA_COLUMNS.get(exercise, {})
     runs, expected = results(path), intervals(results(REFERENCE))
-    names = {name: run_name(*row_of(exercise, name, short)) for name in EXERCISES[exercise]}
+    names = {name: run_name(*row) for name, row in rows_of(exercise, short).items()}
     names |= {f"mine {lines[0]['hash'][:6]} {lines[0]['flags']}".strip(): run
               for run, lines in runs.items() if "+mine" in run and lines[0].get("exercise") == exercise}
     found = {name: runs[run] for name, run in names.items() if run in runs}
@@ -341,27 +342,6 @@ def table(exercise, path, short=False):
     return "\n\n".join(text)
 
 
-def draw(exercise, path, picture, short=False):
-    """Draw the distance over training of each row: its mean and its band over seeds."""
-    plt, runs, seconds = plane.pyplot(), results(path), {}
-    if exercise == "teacher":  # per thousand images, measured side by side
-        costs = measure.json_lines(REFERENCE.with_name("teacher-cost.jsonl"))
-        seconds = {row["method"]: 1000 * row["seconds_per_image"] for row in costs}
-    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150, layout="constrained")
-    for name in EXERCISES[exercise]:
-        if curves := [line["curve"] for line in runs.get(run_name(*row_of(exercise, name, short)), ())]:
-            x = np.array(curves[0])[:, 0] / 1000 * seconds.get(name.lower(), 1)
-            values = np.array(curves)[:, :, 1]
-            axes.plot(x, np.exp(np.log(values).mean(axis=0)), label=name)  # the mean of a log axis
-            axes.fill_between(x, values.min(axis=0), values.max(axis=0), alpha=0.15, linewidth=0)
-    x_label = "seconds on one core" if seconds else "thousand images"
-    axes.set(xlabel=x_label, ylabel="FD (stage 1)", yscale="log")
-    axes.grid(alpha=0.3)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=2)  # over no curve
-    plane.save(figure, picture, "figure")
-    plt.close(figure)
-
-
 # ---- Predictions and submissions ---------------------------------------------------------------------
 
 
@@ -381,8 +361,7 @@ def predict(args, exercises, path):
 
 def submit(args, exercises, path):
     """Write one JSON file: predictions, lines and logs of the exercise, the working copy's present diff and hash."""
-    known = {run_name(*row_of(exercise, name, args.short))
-             for exercise in exercises for name in EXERCISES[exercise]}
+    known = {run_name(*row) for exercise in exercises for row in rows_of(exercise, args.short).values()}
     lines = [line for run, lines in results(args.results).items() for line in lines
              if run in known or "+mine" in run and line["exercise"] in exercises]
     if not lines:
@@ -409,8 +388,7 @@ def main():
         short=(False, "rows of a quarter of the length (reference: exercises 2 and 5)"),
         predict=(None, "store this text, or this file, as your prediction and end", str),
         submit=(None, "write predictions, results with their diffs and checks, and logs to this file and end", str),
-        table=(False, "print what --results holds and run nothing"),
-        pictures=(None, "draw the results into this folder (matplotlib: `make exercises`)", Path)))
+        table=(False, "print what --results holds and run nothing")))
     parser.add_argument("exercise", choices=[*NUMBERS, *EXERCISES], metavar="EXERCISE",
                         help="number or name; put it before --mine")
     parser.add_argument("--mine", nargs="?", const="", metavar="FLAGS", help="run your working copy, with these flags")
@@ -421,8 +399,6 @@ def main():
     for flag in ("mine", "table", "predict", "submit", "short"):
         if getattr(args, flag) not in (None, False) and not args.results:
             parser.error(f"--{flag} needs --results, for example --results my-runs.jsonl")
-    if args.pictures:
-        plane.pyplot()  # a missing package is told now, not after the work
     if args.predict or args.submit:
         end = predict if args.predict else submit
         return end(args, exercises, Path(args.results).with_suffix(".predictions.jsonl"))
@@ -437,8 +413,6 @@ def main():
                         "without --table they are trained and measured")
     for name, text in tables.items():
         print(f"\n{name}\n\n{text}")
-        if args.pictures:
-            draw(name, path, args.pictures / f"{name}.png", args.short)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
-import fid  # noqa: E402
 import networks  # noqa: E402
 import pretrain  # noqa: E402
 import sample  # noqa: E402
@@ -35,7 +34,7 @@ def without_ratio(settings):
 
 
 PRESETS = {name: without_ratio(preset) | dict(lr=None) for name, preset in train_diffratio.PRESETS.items()}
-SETTINGS = without_ratio(train_diffratio.SETTINGS) | fid.SETTINGS | dict(
+SETTINGS = without_ratio(train_diffratio.SETTINGS) | dict(
     method=("vsd", "what the generator follows", ["vsd", "sid"]),
     lr=(None, f"learning rate of the generator (default: {RATES} by method)", float),
     score_lr=(3e-4, "learning rate of the student"),
@@ -136,10 +135,9 @@ def main():
     run.print_start(args.method, dataset, generator, student)
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
 
-    def write_networks(suffix="", **about):
-        checkpoints.save_network(run.dir / f"network{suffix}.pt", ema, **{**ema.about, "nimg": run.nimg, **about})
+    def write_network():
+        checkpoints.save_network(run.dir / "network.pt", ema, nimg=run.nimg, **ema.about)
 
-    measure_fid = fid.training_fid(args, dataset, run, ema, write_networks)
     while run.unfinished():
         factor = train_diffratio.learning_rate_factor(args, run.nimg)
         rt.seed(args.seed, run.nimg, 0, "stage 2")
@@ -152,16 +150,15 @@ def main():
         run.advance()
         networks.update_ema(ema, generator, rt.batch, args.ema_halflife_kimg * 1000, run.nimg)
 
-        # Log, look, save, measure.
+        # Log, look, save.
         if run.due(args.log_kimg):
             sums, images = run.pop_sums()
             means = {name: value.item() / images for name, value in sums.items()}
             run.report(means, "  ".join(f"{name} {value:+.4f}" for name, value in means.items()))
         if run.due(args.grid_kimg):
             sample.preview(ema, run, args.seed)
-        if run.due(args.save_kimg) or run.due(args.fid_every) or run.stopping:
-            run.save(write_networks)
-        measure_fid()
+        if run.due(args.save_kimg) or run.stopping:
+            run.save(write_network)
 
 
 if __name__ == "__main__":

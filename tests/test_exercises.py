@@ -25,7 +25,7 @@ from machinery import checkpoints, data
 from machinery.files import UserError
 
 SHORT = "--kimg 0.064 --batch 32 --device cpu"  # two steps
-ROWS = {run.run_name(*row): row for row in (run.row_of(exercise, name) for exercise, rows in run.EXERCISES.items() for name in rows)}
+ROWS = {run.run_name(*row): row for exercise in run.EXERCISES for row in run.rows_of(exercise).values()}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,9 +57,8 @@ def work(tmp_path, monkeypatch, stage1):
 
     (tmp_path / run.STAGE1).parent.mkdir(parents=True)
     shutil.copy(stage1 / "network.pt", tmp_path / run.STAGE1)
-    curve = f"--fid-every 0.064 --fid-features {run.STAGE1} --fid-images 64"
     common = f"{run.COMMON} {SHORT}"
-    brief = dict(COMMON=common, KIMG=0.064, ONE_LEVEL=SHORT, CURVE=curve, SAMPLES=300)
+    brief = dict(COMMON=common, KIMG=0.064, ONE_LEVEL=SHORT, SAMPLES=300)
     for name, value in dict(brief, WORK=tmp_path, call=call).items():
         monkeypatch.setattr(run, name, value)
     monkeypatch.chdir(tmp_path)
@@ -73,7 +72,6 @@ def test_every_changed_row_trains(name, work):
     folder = run.folder_of(flags, names, 0, "mine.jsonl")
     run.train(folder, flags, names, 0)
     assert checkpoints.load_network(folder / "network.pt", role="generator").about["nimg"] == 64
-    assert any("fid" in line for line in measure.json_lines(folder / "log.jsonl"))
     assert (folder / "train_diffratio.py").exists() == (bool(names) and names != ("teacher",))
 
 
@@ -166,7 +164,7 @@ def test_results_are_measured_once_for_each_seed_and_hash_and_the_table_shows_th
     seeds = {name: [line["seed"] for line in lines] for name, lines in found.items()}
     assert seeds == {"default": [17, 18], "ratio-lr_1e-3": [17, 18]}
     text, (line, _) = brief.read_text(), found["default"]
-    assert line["images"] == 300 and line["curve"][0][0] == 64 and set(line["calibration"]) == {"0.1"}
+    assert line["images"] == 300 and set(line["calibration"]) == {"0.1"}
     a, b = (line["fd_classifier"] for line in found["default"])
     shown = capsys.readouterr().out
     assert "| FD (classifier) | FD (stage 1) |" in shown and "| right at 0.1, % |" in shown
@@ -227,8 +225,8 @@ def test_intervals_hold_95_percent_of_further_runs():
 def test_pages_hold_the_means_and_intervals_that_the_program_prints(exercise):
     number = next(int(number) for number, names in run.NUMBERS.items() if exercise in names.split())
     (page,), runs = (ROOT / "exercises").glob(f"{number:02}-*.md"), run.results(run.REFERENCE)
-    for name in run.EXERCISES[exercise]:
-        if (key := run.run_name(*run.row_of(exercise, name))) in runs and name != "beta1 0":  # which is the first row of `order`
+    for name, row in run.rows_of(exercise).items():
+        if (key := run.run_name(*row)) in runs and name != "beta1 0":  # which is the first row of `order`
             values = [line["fd_classifier"] for line in runs[key]]
             interval = run.between("FD (classifier)", run.intervals(runs)[key])
             mean, spread = np.mean(values), np.std(values, ddof=1)
@@ -244,10 +242,8 @@ def test_without_results_the_reference_is_printed_and_nothing_runs(call, capsys,
     assert all(shown.count(f"\n| {row} |") == 2 for name in ("order", "momentum") for row in run.EXERCISES[name])  # means, intervals
     found = run.results(run.REFERENCE)
     assert all({line["seed"] for line in found[name]} >= {0, 1, 2} for name in ROWS)
-    for line in [line for lines in found.values() for line in lines]:
-        assert abs(line["curve"][-1][0] / 1000 - run.kimg_of(line.get("flags", ""))) < 0.1
     for flags in [flags for flags, names in ROWS.values() if not names]:  # those without a change of code are known
-        monkeypatch.setattr(sys, "argv", ["train_diffratio.py", *shlex.split(f"{run.COMMON} {run.CURVE} {flags}")])
+        monkeypatch.setattr(sys, "argv", ["train_diffratio.py", *shlex.split(f"{run.COMMON} {flags}")])
         train_diffratio.arguments()
 
 
@@ -260,15 +256,6 @@ def test_run_refuses_what_it_does_not_know_and_names_a_script_that_is_killed(ref
     with pytest.raises(SystemExit) as stop:
         run.call([tmp_path / "crash.py"], ROOT)
     assert stop.value.code == 137 and "crash.py was ended by signal 9" in capsys.readouterr().err  # as a shell's
-
-
-def test_pictures(tmp_path):
-    pytest.importorskip("matplotlib")
-    results = tmp_path / "mine.jsonl"
-    results.write_text(json.dumps(dict(run="default", seed=0, curve=[[64, 0.5], [128, 0.25]])))
-    for exercise in ("order", "teacher"):
-        run.draw(exercise, results, tmp_path / f"{exercise}.png")
-        assert (tmp_path / f"{exercise}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_classifier_tells_digits_and_is_kept(digits, monkeypatch):

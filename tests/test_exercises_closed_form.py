@@ -90,8 +90,8 @@ def test_scores_and_divergences_of_mixtures_and_gaussians(level):
     exact = math.log(t / s) + s / t - 1 + 0.5**2 / (2 * t)
     assert plane.divergence(torch.tensor([[0.5, 0.0]]), p, 0.3) == pytest.approx(exact, rel=1e-3)
 
-    generator, x, sigma = plane.Affine(0.5, 0.2, -0.1), x.float(), sigma.float()
-    generator.a.data = torch.tensor([[0.5, 0.2], [-0.1, 0.3]])
+    generator, x, sigma = plane.Affine(), x.float(), sigma.float()
+    generator.a.data, generator.b.data = torch.tensor([[0.5, 0.2], [-0.1, 0.3]]), torch.tensor([0.2, -0.1])
     covariance = generator.a @ generator.a.T + level**2 * torch.eye(2)
     gaussian = torch.distributions.MultivariateNormal(generator.b, covariance)
     (expected,) = torch.autograd.grad(gaussian.log_prob(x).sum(), x)
@@ -114,13 +114,13 @@ def test_an_exact_ratio_and_two_exact_denoisers_give_the_same_gradient():
 def test_plane_runs_and_does_not_run_again(call, refused, tmp_path, capsys, monkeypatch):
     for settings in (plane.COMMON, plane.LOOP):
         monkeypatch.setitem(settings, "steps", 3)
-    flags = ["--regimes", "close, student from teacher", "few points", "aside, exact", "MLP, ratio", "affine, scores"]
+    flags = ["--regimes", "brief teacher", "far, scaled logit", "affine, exact", "MLP, ratio, few points", "affine, scores"]
     flags += ["--results", tmp_path / "rows.jsonl"]
     for part, rows in (("error", 2), ("error", 2), ("fixed-point", 5), ("fixed-point", 5)):
         call(plane, part, *flags)
         lines = (tmp_path / "rows.jsonl").read_text().splitlines()
         assert len(lines) == rows
-        assert ("| few points, ratio |" if part == "error" else "| MLP, ratio |") in capsys.readouterr().out
+        assert ("| brief teacher, ratio |" if part == "error" else "| MLP, ratio, few points |") in capsys.readouterr().out
     row = json.loads(lines[0])
     assert row["settings"]["steps"] == 3 and len(row["ratio_error"]) == len(plane.SIGMAS)
     (tmp_path / "rows.jsonl").write_text('{"run": "of another program"}\n')

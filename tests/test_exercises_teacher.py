@@ -83,9 +83,8 @@ def test_with_alpha_one_half_sid_follows_the_fisher_divergence(monkeypatch):
 
 @pytest.mark.parametrize("method", teacher.METHODS)
 def test_teacher_trains_a_generator_and_resumes(call, tiny, tmp_path, method):
-    """Two steps, or one and then another, or in micro-batches: the same generator, and a distance in the log."""
-    args = ["--method", method, "--init", tiny, "--batch", "32", "--device", "cpu", "--fid-every", "0.064", "--fid-images", "40",
-            "--fid-features", tiny, "--lr", "1e-3", "--lr-decay-kimg", "1"]
+    """Two steps, or one and then another, or in micro-batches: the same generator."""
+    args = ["--method", method, "--init", tiny, "--batch", "32", "--device", "cpu", "--lr", "1e-3", "--lr-decay-kimg", "1"]
     for folder, kimg in (("whole", "0.064"), ("resumed", "0.032"), ("resumed", "0.064")):
         call(teacher, *args, "--kimg", kimg, "--outdir", tmp_path / folder)
     call(teacher, *args, "--kimg", "0.064", "--micro-batch", "16", "--outdir", tmp_path / "micro")
@@ -93,7 +92,6 @@ def test_teacher_trains_a_generator_and_resumes(call, tiny, tmp_path, method):
     assert same(whole, resumed) and not same(whole, weights(tiny)) and alike(whole, micro, weights(tiny))
     about = checkpoints.load_network(tmp_path / "whole" / "network.pt", role="generator").about
     assert (about["method"], about["t_init"], about["nimg"]) == (method, 2.5, 64)
-    assert [line["fid"] > 0 for line in map(json.loads, open(tmp_path / "whole" / "log.jsonl")) if "fid" in line] == [True]
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0])
