@@ -189,8 +189,7 @@ def main():
         seeds=(1, "seeds of the noise, 0 to N - 1"),
         noises=(10, "draws of noise per image, of those that read a ratio network"),
         log=(None, "a log.jsonl of stage 2, to print beside the table `log`", str),
-        pretrained=(str(STAGE1), "the stage-1 network of the last two"),
-        json=(None, "append a line of JSON per row to this file", str)))
+        pretrained=(str(STAGE1), "the stage-1 network of the last two")))
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of {', '.join(EVERY)}")
     args = parser.parse_args()
     names = list(EVERY if "all" in args.names else args.names or [name for name in EVERY if name not in SAMPLING])
@@ -202,8 +201,6 @@ def main():
     for name in names:
         seeds = [EVERY[name](seed, args) for seed in range(1 if name == "wrong-loss" else args.seeds)]
         print(f"\n{name}: {EVERY[name].__doc__.strip().splitlines()[0]}\n\n{table(seeds)}", flush=True)
-        if args.json:
-            measure.add_lines(args.json, *({"exercise": name, "seed": i, **row} for i, rows in enumerate(seeds) for row in rows))
 
 
 if __name__ == "__main__":

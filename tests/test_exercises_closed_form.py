@@ -1,5 +1,6 @@
 """Exercises 0 and 1: closed forms, the networks in assets/, points in the plane."""
 
+import argparse
 import json
 import math
 import sys
@@ -48,15 +49,14 @@ def test_dijs_is_the_minimax_game_on_the_classifiers_own_loss():
     assert generators.abs().min() > 0
 
 
-def test_warmups_of_the_networks_in_assets(call, capsys, tmp_path):
+def test_warmups_of_the_networks_in_assets(call, capsys):
     """The margins allow for weights that are trained again on another machine."""
-    call(warmups, "--noises", 2, "--json", tmp_path / "rows.jsonl")
+    call(warmups, "wrong-loss")
     assert "-0.1286" in capsys.readouterr().out
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert {row["exercise"] for row in rows} == {"wrong-loss", "log", "calibration", "reliability"}
 
     # Little is left to see, and most of it where there is little noise; above 1 nothing.
-    log = {row["sigma"]: row for row in rows if row["exercise"] == "log"}
+    args = argparse.Namespace(noises=2, log=None)
+    log = {row["sigma"]: row for row in warmups.read_log(0, args)}
     bound = {band: row["ln 2 - cross-entropy"] for band, row in log.items()}
     assert 0.005 < bound["<0.1"] < 0.2 and 0.003 < bound["0.1-0.3"] < 0.1
     assert 0 < bound["0.3-1.0"] < 0.02 and bound["<0.1"] > bound["0.3-1.0"]
@@ -64,12 +64,12 @@ def test_warmups_of_the_networks_in_assets(call, capsys, tmp_path):
     assert all(row["right"] == pytest.approx((row["right, data"] + row["right, samples"]) / 2, abs=1e-6) for row in log.values())
     assert log["<0.1"]["right"] > 0.53 and abs(log[">3.0"]["right"] - 0.5) < 0.05
 
-    mean = {row["sigma"]: row["E_q[exp h]"] for row in rows if row["exercise"] == "calibration"}
+    mean = {row["sigma"]: row["E_q[exp h]"] for row in warmups.calibration(0, args)}
     assert mean.keys() == {0.05, 0.2, 0.5, 2.0} and all(0.75 < value < 1.2 for value in mean.values())
     assert all(abs(mean[level] - 1) < 0.05 for level in (0.5, 2.0))
 
     # The logit is too small: less data than it says where P < 0.45, more where P > 0.55.
-    at = {row["P"]: row for row in rows if row["exercise"] == "reliability"}
+    at = {row["P"]: row for row in warmups.reliability(0, args)}
     low, high = at["0 to 0.45"], at["0.55 to 1"]
     assert min(low["count"], high["count"]) > 200 and low["frequency of data"] < low["ideal: mean P"] - 0.02
     assert high["frequency of data"] > high["ideal: mean P"] + 0.02
