@@ -144,8 +144,6 @@ def _tensor(data, offset, size, stride, *_):
 
 
 _BUILDERS = {  # stands for a name in a pickle, whatever its module
-    "set": set,
-    "OrderedDict": dict,
     "encode": lambda text, *_: text.encode("latin1"),  # how protocol 2 spells bytes
     "_reconstruct": lambda *_: np.empty(0),  # a numpy array, until its state comes
     "_load_from_bytes": lambda data: data,  # a tensor's storage

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sympy  # comes with PyTorch
 import torch
-from test_method import F_OF_U
+from check import F_OF_U
 
 from machinery import training
 from train_diffratio import DIVERGENCES
@@ -83,9 +83,9 @@ def value(formula, **variables):
     return sympy.lambdify([*variables], parsed, torch)(*variables.values())
 
 
-@pytest.mark.parametrize("name", F_OF_U)
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_table_of_divergences_is_the_code(name):
-    """f is that of test_method.py, the loss that of the code and, up to a constant, f'(exp(-h)); the weight is -dloss/dh."""
+    """f is that of exercises/check.py, the loss that of the code and, up to a constant, f'(exp(-h)); the weight is -dloss/dh."""
     (row,) = [line for line in PAGES["docs/method.md"].splitlines() if line.startswith(f"| `{name}` |")]
     f, loss, weight = row.split("|")[2:5]
     h = torch.linspace(-4, 4, 41, dtype=torch.float64, requires_grad=True)

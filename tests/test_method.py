@@ -7,6 +7,7 @@ import types
 import plane
 import pytest
 import torch
+from check import F_OF_U
 from torch import nn
 
 import pretrain
@@ -48,15 +49,7 @@ def test_ratio_and_its_gradient_match_two_gaussians(trained_ratio, level):
     assert (gradient - scores).square().mean().sqrt() < 0.20 * scores.square().mean().sqrt()
 
 
-F_OF_U = {  # D_f(q || p) = E_p[f(u)] with u = q/p
-    "dijs": lambda u: 0.5 * (u * u.log() - (u + 1) * ((u + 1) / 2).log()),
-    "dikl": lambda u: u * u.log(),
-    "dirm": lambda u: (1 + u) * (1 + u).log() - u,
-    "fkl": lambda u: -u.log(),
-}
-
-
-@pytest.mark.parametrize("name", F_OF_U)
+@pytest.mark.parametrize("name", train_diffratio.DIVERGENCES)
 def test_loss_is_the_derivative_of_f_at_the_inverse_ratio(name):
     """loss(h) = f'(exp(-h)), up to a constant that no gradient sees; dirm is -log P(data)."""
     h, loss = torch.linspace(-4, 4, 41, dtype=torch.float64), train_diffratio.DIVERGENCES[name]
@@ -66,46 +59,6 @@ def test_loss_is_the_derivative_of_f_at_the_inverse_ratio(name):
     torch.testing.assert_close(difference, derivative[:-1] - derivative[-1])
     if name == "dirm":
         torch.testing.assert_close(loss(h), -torch.sigmoid(h).log())
-
-
-# Gradients by quadrature for q = N(theta, 1) at theta = 0.7 and p = N(0, 1.5^2).
-GRID = torch.linspace(-12, 12, 20001, dtype=torch.float64)
-THETA = 0.7
-
-
-def exact_gradient(f):
-    """d/dtheta of E_p[f(q/p)], q moving with theta."""
-    theta = torch.tensor(THETA, dtype=torch.float64, requires_grad=True)
-    log_p = log_normal(GRID, 0, 1.5)
-    u = (log_normal(GRID, theta, 1) - log_p).exp()
-    return torch.autograd.grad(torch.trapezoid(log_p.exp() * f(u), GRID), theta)[0]
-
-
-def pathwise_gradient(loss):
-    """d/dtheta of E_z[loss(h(theta + z))], where h = ln p/q depends on x only: q is held fixed."""
-    theta = torch.tensor(THETA, dtype=torch.float64, requires_grad=True)
-    x = theta + GRID
-    h = log_normal(x, 0, 1.5) - log_normal(x, THETA, 1)
-    expectation = torch.trapezoid(log_normal(GRID, 0, 1).exp() * loss(h), GRID)
-    return torch.autograd.grad(expectation, theta)[0]
-
-
-@pytest.mark.parametrize("name", F_OF_U)
-def test_pathwise_gradient_is_the_gradient_of_the_divergence(name):
-    """So the generator may follow f'(q/p), held fixed, although f(q/p) itself depends on theta.
-
-    The grid cuts off less than 1e-10 (p at 8 standard deviations); float64 is more exact.
-    """
-    found = pathwise_gradient(train_diffratio.DIVERGENCES[name])
-    torch.testing.assert_close(found, exact_gradient(F_OF_U[name]), rtol=0, atol=1e-9)
-
-
-def test_f_of_u_over_u_held_fixed_is_no_gradient_of_the_divergence():
-    """E_q[f(u)/u] is the divergence as well, but its pathwise gradient has even the wrong sign."""
-    f = F_OF_U["dijs"]
-    wrong = pathwise_gradient(lambda h: f((-h).exp()) / (-h).exp())
-    assert exact_gradient(f).item() == pytest.approx(0.0877, abs=1e-4)
-    assert wrong.item() == pytest.approx(-0.1286, abs=1e-4)
 
 
 def test_a_blind_ratio_loses_ln_2_and_the_generator_loss_does_not_reach_the_frozen_ratio():

@@ -214,16 +214,6 @@ def test_the_weights_in_assets_draw_digits_without_any_flag(call, tmp_path, devi
          "--out", tmp_path / "x.png")
 
 
-def test_the_weights_in_assets_draw_garments(call, tmp_path):
-    """As bright and as varied as Fashion-MNIST (mean 72.9, std 90.0), and no two alike."""
-    call(sample, "--network", ASSETS / "fashion-mnist.pt", "--n", "200", "--device", "cpu",
-         "--out", tmp_path / "garments.npz")
-    images = np.load(tmp_path / "garments.npz")["arr_0"]
-    assert abs(images.mean() - 72.9) < 10 and abs(images.std() - 90.0) < 10
-    x = torch.tensor(images.reshape(200, 28 * 28)).float()
-    assert torch.pdist(x).min() > 10 * 28  # ten grey levels in every pixel
-
-
 def test_one_step_from_stage_1_is_the_generator_that_stage_2_starts_from(call, refused, stage1, tmp_path, device):
     call(sample, "--network", stage1 / "network.pt", "--device", device, "--one-step", "1.5", "--n", "4", "--out", tmp_path / "a.npz")
     net = checkpoints.load_network(stage1 / "network.pt")
