@@ -294,20 +294,20 @@ def measure(extractor, read, n, rt, batch=64, name="samples"):
     return statistics, (score.mean().item(), score.std(correction=0).item()) if scored else None
 
 
-def measure_dataset(extractor, dataset, rt, batch=64, indices=None):
-    """`measure` of a data set, or of its images at `indices`."""
-    indices = range(len(dataset)) if indices is None else indices
+def measure_dataset(extractor, dataset, rt, count=None, *key):
+    """`measure` of a data set, or of at most `count` of its images, chosen by `key`."""
+    indices = random_choice(len(dataset), count, *key) if count else range(len(dataset))
     return measure(extractor, lambda part: dataset.batch(indices[part.start:part.stop])[0],
-                   len(indices), rt, batch, dataset.name)
+                   len(indices), rt, name=dataset.name)
 
 
-def reference_statistics(extractor, dataset, rt, batch=64):
+def reference_statistics(extractor, dataset, rt):
     """`Statistics` of a whole data set, from the cache folder if they were computed before."""
     # Increment the 2 when the features, or what is kept of them, change.
     key = hashlib.sha256(f"2 {dataset.fingerprint()} {extractor.tag}".encode()).hexdigest()[:32]
     path = files.cache_dir() / "stats" / f"{key}.npz"
     if rt.agree(not path.exists()):
-        statistics, _ = measure_dataset(extractor, dataset, rt, batch)
+        statistics, _ = measure_dataset(extractor, dataset, rt)
         with contextlib.suppress(OSError):  # a full or read-only disk costs only the cache
             if rt.local_rank == 0:
                 statistics.save(path)
@@ -331,12 +331,6 @@ def check_images(extractor, *sides):
             raise UserError(f"{d.name}: images [H, W, C] {list(d.images.shape[1:])}, but the other "
                             f"side or {extractor.name} has {list(wanted)}; give --resolution N "
                             "or use another network")
-
-
-def split_half(n, seed=0):
-    """Two disjoint random halves of range(n), each n // 2 sorted indices."""
-    order = torch.randperm(n, generator=training.rng("cpu", seed, "halves")).numpy()
-    return np.sort(order[: n // 2]), np.sort(order[n // 2 : n // 2 * 2])
 
 
 # ---- The distances
@@ -459,8 +453,6 @@ def main():
         inception=SETTINGS["inception"],
         count=(None, "at most so many images a side, chosen at random (default: all)",
                AT_LEAST_TWO),
-        seed=(0, "seed of the choice of --count", training.integer),
-        batch=(64, "images at once on each rank"),
         device=training.DEVICE,
         json=(False, "print one line of JSON instead of text"),
         resolution=(None, "crop the centre of images and resize it to N x N", int),
@@ -485,10 +477,9 @@ def main():
         if not images:
             return given, None
         if given or name == "reference" and not args.count:
-            found = reference_statistics(extractor, images, rt, args.batch)
+            found = reference_statistics(extractor, images, rt)
             return dataclasses.replace(given, rows=found.rows) if given else found, None
-        chosen = random_choice(len(images), args.count, args.seed, name)
-        return measure_dataset(extractor, images, rt, args.batch, chosen)
+        return measure_dataset(extractor, images, rt, args.count, name)
 
     a, score = measured("samples", *sides[0])
     b, _ = measured("reference", *sides[1])

@@ -35,9 +35,6 @@ SETTINGS = dict(  # {flag: (default, help[, type or choices])}
     beta2=(0.999, "Adam's beta2; beta1 is 0.9", fraction),
     ema_halflife_kimg=(500.0, "half-life of the averaged weights, thousands of images"),
 )
-# EDM, Table 7. EDM also augments (its Section 5), which is not implemented beyond flips.
-CIFAR10 = dict(data="cifar10", network="cifar10", xflip=True, kimg=200_000.0, batch=512, lr=1e-3,
-               lr_rampup_kimg=10_000.0)
 SMALL = dict(batch=64, lr=1e-3, lr_rampup_kimg=10.0, ema_halflife_kimg=20.0,
              log_kimg=4.0, grid_kimg=64.0, save_kimg=16.0)
 PRESETS = {
@@ -47,12 +44,13 @@ PRESETS = {
     "cifar10-small": dict(SMALL, data="cifar10", network="cifar10-small", xflip=True, kimg=512.0),
     "pictures": dict(network="pictures", resolution=64, xflip=True, dropout=0.1, kimg=20_000.0,
                      batch=256, lr=5e-4, lr_rampup_kimg=500.0, ema_halflife_kimg=250.0),
-    "cifar10": CIFAR10,
-    "cifar10-cond": dict(CIFAR10, cond=True),
-    "imagenet64": dict(data="imagenet-64x64.zip", network="imagenet64", cond=True,  # EDM, Table 7
+    # EDM, Table 7. EDM also augments (its Section 5), which is not implemented beyond flips.
+    "cifar10": dict(data="cifar10", network="cifar10", xflip=True, kimg=200_000.0, batch=512,
+                    lr=1e-3, lr_rampup_kimg=10_000.0),
+    "imagenet64": dict(data="imagenet-64x64.zip", network="imagenet64", cond=True,
                        kimg=2_500_000.0, batch=4096, lr=1e-4, lr_rampup_kimg=10_000.0,
                        ema_halflife_kimg=50_000.0, save_kimg=10_000.0, grid_kimg=10_000.0),
-    # EDM2, Table 6, configuration S; --lr 0.012, 0.010, 0.009, 0.008, 0.007, 0.0065 for XS to XXL.
+    # EDM2, Table 6, configuration S (XS: --lr 0.012).
     # EDM2's averaging profile widens with training; the 5 % limit of `update_ema` does so here.
     "imagenet512": dict(data="img512-sd.zip", network="edm2-s", cond=True, kimg=2_147_483.0,
                         batch=2048, lr=0.010, lr_rampup_kimg=10_000.0, lr_decay_batches=70_000.0,
@@ -127,7 +125,7 @@ def main():
     optimizer = training.Optimizer(net, rt, (0.9, args.beta2))
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     ema.about = dict(role="denoiser", data=args.data,
-                     class_frequencies=dataset.class_frequencies())
+                     class_frequencies=dataset.class_frequencies(net.config.label_dim))
     run = training.Run(args, rt, "stage 1", dataset, net=net, ema=ema, optimizer=optimizer)
     run.print_start(net.config.architecture, dataset, net)
     batches = data.Batches(dataset, rt, args.seed, run.nimg)

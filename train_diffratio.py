@@ -112,8 +112,6 @@ SETTINGS = dict(
 # The paper gives t_init, beta1, ratio_steps and the divergences; all else is our choice. Noise
 # levels are those of stage 1 (docs/fashion-mnist.md, short runs). For the large systems the rest
 # follows related methods and was not run at length (docs/large-scale.md).
-CIFAR10 = dict(data="cifar10", xflip=True, kimg=20_000.0, batch=512, lr=1e-4, ratio_lr=5e-4,
-               ema_halflife_kimg=500.0, grid_kimg=200.0)
 # With one ratio step at 28x28 the ratio network falls behind the generator (docs/method.md,
 # section 7); on the digits two are nearer at equal images.
 SMALL = dict(batch=64, lr=1e-4, ratio_lr=3e-4, ratio_steps=2, lr_decay_kimg=None,
@@ -125,8 +123,9 @@ PRESETS = {
     "cifar10-small": dict(SMALL, data="cifar10", xflip=True, kimg=256.0),
     "pictures": dict(resolution=64, xflip=True, kimg=5_000.0, batch=256, lr=5e-5, ratio_lr=2.5e-4,
                      ema_halflife_kimg=250.0, grid_kimg=200.0),
-    "cifar10": dict(CIFAR10, init="edm-cifar10-32x32-uncond-vp.pkl"),
-    "cifar10-cond": dict(CIFAR10, init="edm-cifar10-32x32-cond-vp.pkl"),
+    "cifar10": dict(data="cifar10", init="edm-cifar10-32x32-uncond-vp.pkl", xflip=True,
+                    kimg=20_000.0, batch=512, lr=1e-4, ratio_lr=5e-4, ema_halflife_kimg=500.0,
+                    grid_kimg=200.0),
     "imagenet64": dict(data="imagenet-64x64.zip", init="edm-imagenet-64x64-cond-adm.pkl",
                        kimg=50_000.0, batch=2048, lr=8e-6, ratio_lr=4e-5, grid_kimg=200.0),
     # EDM2's weights have unit root mean square, far above EDM's: rates are relative to that.
@@ -162,7 +161,7 @@ def main():
     ratio_optimizer = training.Optimizer(ratio, rt, (args.beta1, args.beta2))
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
     ema.about = dict(role="generator", t_init=args.t_init, divergence=args.divergence,
-                     data=args.data, class_frequencies=dataset.class_frequencies())
+                     data=args.data, class_frequencies=dataset.class_frequencies(config.label_dim))
     run = training.Run(args, rt, "stage 2", dataset, generator=generator, ratio=ratio, ema=ema,
                        generator_optimizer=generator_optimizer, ratio_optimizer=ratio_optimizer)
     run.print_start(args.divergence, dataset, generator, ratio)

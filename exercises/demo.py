@@ -63,7 +63,7 @@ def main():
     drawn = {name: measure.features(extractor, x) for name, x in images.items()}
     distances = {name: [] for name in EXPECTED}
     for i in range(REPEATS):
-        a, b = (known[indices] for indices in fid.split_half(whole, args.seed + i))
+        a, b = (known[indices] for indices in measure.halves(whole, args.seed + i))
         distances[HALVES].append(measure.distance(extractor, a, b))
         for name, x in drawn.items():
             part = x[i * half % len(x) :][:half]

@@ -45,6 +45,12 @@ def chosen(images, limit=fid.PAIRS_LIMIT):
     return images if len(images) <= limit else images[fid.random_choice(len(images), limit).numpy()]
 
 
+def halves(n, seed=0):
+    """Two disjoint random halves of range(n), each n // 2 sorted indices."""
+    order = torch.randperm(n, generator=training.rng("cpu", seed, "halves")).numpy()
+    return np.sort(order[: n // 2]), np.sort(order[n // 2 : n // 2 * 2])
+
+
 def features(extractor, images):
     """Features [n, d] of images uint8 [n, H, W, C]."""
     parts = torch.tensor(images).split(500)  # a copy, as a data set may be read-only
@@ -135,7 +141,7 @@ class Measures:
             found = classifier.predict(self.classifier, self.reference.images)
             row["accuracy"] = float((found == self.reference.labels).mean())
             return {"data: training against test images": row | self.memory(self.reference.images)}
-        a, b = (chosen(self.train.images[half]) for half in fid.split_half(len(self.train)))
+        a, b = (chosen(self.train.images[half]) for half in halves(len(self.train)))
         row = self(a, held=self.all_features(b)) | self.memory(a, skip_self=True)
         return {"data: one half against the other": row}
 

@@ -129,7 +129,7 @@ def main():
     networks.normalize_weights(teacher)
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
     ema.about = dict(role="generator", t_init=args.t_init, method=args.method, data=args.data,
-                     class_frequencies=dataset.class_frequencies())
+                     class_frequencies=dataset.class_frequencies(config.label_dim))
     run = training.Run(args, rt, f"stage 2 with a teacher, {args.method}", dataset, generator=generator, student=student, ema=ema,
                        generator_optimizer=optimizers[0], student_optimizer=optimizers[1])
     run.print_start(args.method, dataset, generator, student)

@@ -77,8 +77,9 @@ class Dataset:
             self.labels, self.label_dim, self.classes = labels, len(found), list(map(str, found))
             _say(f"{self.name}: only classes {' '.join(self.classes)} have images; numbered from 0")
 
-    def class_frequencies(self):
-        return [] if self.labels is None else np.bincount(self.labels).tolist()
+    def class_frequencies(self, classes):
+        """Number of images of each class, for a network with so many classes; [] for none."""
+        return np.bincount(self.labels, minlength=classes).tolist() if classes else []
 
     def fingerprint(self):
         """SHA-256 (hexadecimal) of the shape, the type and the content of `images`."""

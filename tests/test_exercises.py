@@ -258,6 +258,12 @@ def test_run_refuses_what_it_does_not_know_and_names_a_script_that_is_killed(ref
     assert stop.value.code == 137 and "crash.py was ended by signal 9" in capsys.readouterr().err  # as a shell's
 
 
+def test_halves_are_disjoint_and_random():
+    (a, b), (again, _), (other, _) = (measure.halves(101, seed) for seed in (3, 3, 4))
+    assert len(a) == len(b) == 50 and not set(a) & set(b)
+    assert np.array_equal(a, again) and not np.array_equal(a, other)
+
+
 def test_the_classifier_tells_digits_and_is_kept(digits, monkeypatch):
     first = data.Dataset("first", digits.images[:1500], digits.labels[:1500])
     net = classifier.load(first)

@@ -248,12 +248,6 @@ def test_reference_statistics_are_computed_once(recwarn):
             fid.reference_statistics(extractor, data.Dataset("mine", other), ONE_RANK)
 
 
-def test_halves_are_disjoint_and_random():
-    (a, b), (again, _), (other, _) = (fid.split_half(101, seed) for seed in (3, 3, 4))
-    assert len(a) == len(b) == 50 and not set(a) & set(b)
-    assert np.array_equal(a, again) and not np.array_equal(a, other)
-
-
 def measure_two_sets(rt):
     """Statistics and Inception Scores of 101 images and of three, in float64."""
     features = torch.linspace(0, 1000, 101 * 48).double().sin().view(101, 48)
