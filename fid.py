@@ -2,7 +2,7 @@
 
 Compares samples with a reference. Each is a data set name, a folder or zip of images, a `.npz` of
 images, or statistics as NVIDIA publishes them (a `.npz` of `mu` and `sigma`, or EDM2's `.pkl`). If
-a file has both (ADM's VIRTUAL_*.npz), FID uses the statistics, the other measures the images.
+a file has both (ADM's VIRTUAL_*.npz), FID uses the statistics; KID, precision, recall the images.
 Features are Inception's (a download of 95 MB), or with --features those of a stage-1 network, which
 give no published numbers. KID, precision and recall take at most 10,000 images a side.
 
@@ -434,14 +434,17 @@ def training_fid(args, dataset, run, net, write_networks):
     def read(indices):
         return decode(sample.generate(net, *sample.inputs(net, indices, args.seed, rt.device)))
 
+    # Values compare only with those measured alike: these flags may change when a run resumes.
+    how = {"features": extractor.tag, "reference": reference.name, "images": args.fid_images}
+
     def measure_fid():
         if run.due(args.fid_every) and run.lacks("fid"):
             value = frechet_distance(measure(extractor, read, args.fid_images, rt)[0], reference)
-            best = all(value < line.get("fid", math.inf) for line in run.log)
-            if best and rt.is_main:
+            before = [line["fid"] for line in run.log if line.items() >= how.items()]
+            if rt.is_main and value < min(before, default=math.inf):
                 write_networks("-best", fid=value)
             name = distance_name(extractor.tag)
-            run.write({"fid": value}, f"{name} {value:.4g} of {args.fid_images} samples")
+            run.write({"fid": value, **how}, f"{name} {value:.4g} of {args.fid_images} samples")
 
     measure_fid()  # if the run was stopped before it
     return measure_fid

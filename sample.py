@@ -171,7 +171,7 @@ def latent_decoder(device, vae=VAE):
 def load_ratio(path, net, network):
     """The ratio network of a file, if it was trained with `net`, the generator of `network`."""
     ratio = checkpoints.load_network(path, role="ratio")
-    a, b = ((each.config, each.about.get("nimg"), each.about.get("divergence"))
+    a, b = ((each.config, *map(each.about.get, ("nimg", "divergence", "seed")))
             for each in (ratio, net))
     if a != b:
         raise UserError(f"{path} was not trained with {network}; give the ratio.pt beside it")

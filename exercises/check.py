@@ -57,7 +57,7 @@ class Watch:
             except Exception as error:
                 where = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(script)]
                 raise UserError(f"{script} fails in line {where[-1] if where else '?'}: "
-                                f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
+                                f"{type(error).__name__}: {str(error)[:200]}") from None
 
     def randn(self, original, rt, *shape):
         numbers = original(rt, *shape)
@@ -230,14 +230,14 @@ def judge_divergence(name, loss):
 
 def check_divergences(script, variant):
     """Exercise 2."""
-    table = functions(script)["DIVERGENCES"]
+    table = functions(script, "DIVERGENCES")["DIVERGENCES"]
     for name in ("jeffreys", "hellinger", "lecam"):
         yield judge_divergence(name, table[name]) if name in table else (name, "no line yet", "a line", "the table of the page")
 
 
 def check_noise(script, variant):
     """Exercise 7: ln sigma uniform between ln 0.05 and ln 5."""
-    student = functions(script)
+    student = functions(script, "SETTINGS", "noise_levels")
     new = [name for name in student["SETTINGS"]["noise"][2] if name not in ("lognormal", "karras")]
     yield "new choices of the setting noise", len(new), 1, "SETTINGS, `noise`: the list of its choices"
     rt, defaults = training.Runtime(torch.device("cpu"), batch=20_000), {n: s[0] for n, s in student["SETTINGS"].items()}
@@ -254,7 +254,7 @@ def check_vsd(script, variant):
     sigma, rng = torch.tensor([0.1, 0.5, 1.0, 2.0]), torch.Generator().manual_seed(0)
     fake, eps, right, wrong = (torch.randn(4, 1, 8, 8, generator=rng) for _ in range(4))
     fake.requires_grad_(True)
-    loss = functions(script)["vsd_loss"](lambda *_: right, lambda *_: wrong, fake, sigma, eps)
+    loss = functions(script, "vsd_loss")["vsd_loss"](lambda *_: right, lambda *_: wrong, fake, sigma, eps)
     weight = torch.autograd.grad(loss.sum(), fake)[0] / (wrong - right)
     ones = weight.flatten(1).mean(dim=1)
     seen = ("1" if torch.allclose(weight, torch.ones(())) else "1/sigma^2" if torch.allclose(ones, sigma**-2, rtol=1e-3)
@@ -264,7 +264,7 @@ def check_vsd(script, variant):
 
 def check_plane(script, variant):
     """Exercise 1: plane_blank.py."""
-    student = functions(script)
+    student = functions(script, "DIVERGENCES", "ratio_loss", "generator_loss")
     for name in ("dijs", "dikl", "dirm", "fkl"):
         yield judge_divergence(name, student["DIVERGENCES"][name])
     h = torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True)
@@ -292,9 +292,13 @@ def check_plane(script, variant):
     yield "generator_loss", seen, "f' of h at noised samples", "noise as in block 1 of the loop; the rest is in DIVERGENCES"
 
 
-def functions(script):
+def functions(script, *names):
+    """What the script defines, with at least these names."""
     with contextlib.redirect_stdout(io.StringIO()):
-        return runpy.run_path(str(script), run_name="student")
+        found = runpy.run_path(str(script), run_name="student")
+    if missing := set(names) - set(found):
+        raise UserError(f"{script} has no {min(missing)}; give the script that the page names")
+    return found
 
 
 CHECKS = {"1": check_plane, "2": check_divergences, "3": check_start, "5": check_order, "7": check_noise, "8": check_head,

@@ -72,6 +72,7 @@ class Measures:
     def __init__(self, name, pretrained=None, test=None, rt=training.Runtime(torch.device("cpu"))):
         self.train, self.device = data.load(name), rt.device
         test = test or (f"{name}:test" if name in ("fashion-mnist", "cifar10") else None)
+        self.train.require_labels()  # numbers the classes as training with --cond does
         self.has_test, self.reference = bool(test), data.load(test) if test else self.train
         self.classifier = classifier.load(self.train, device=rt.device)
         self.views = {"classifier": classifier.extractor(self.classifier, self.train)}
@@ -138,8 +139,9 @@ class Measures:
         """
         if self.has_test:
             row = self(chosen(self.train.images, len(self.reference)))
-            found = classifier.predict(self.classifier, self.reference.images)
-            row["accuracy"] = float((found == self.reference.labels).mean())
+            if self.reference.label_dim == self.train.label_dim:
+                found = classifier.predict(self.classifier, self.reference.images)
+                row["accuracy"] = float((found == self.reference.labels).mean())
             return {"data: training against test images": row | self.memory(self.reference.images)}
         a, b = (chosen(self.train.images[half]) for half in halves(len(self.train)))
         row = self(a, held=self.all_features(b)) | self.memory(a, skip_self=True)

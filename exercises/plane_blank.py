@@ -67,7 +67,10 @@ def main():
         iterations=(1000, "of stage 2"), steps=(1500, "of stage 1"),
         seed=(0, "of everything random", training.integer),
         picture=(True, "draw"), out=(ROOT / "runs" / "exercises" / "plane.png", "where to", Path))).parse_args()
-    if ... in (ratio_loss(torch.zeros(1), torch.zeros(1)), DIVERGENCES[args.divergence](torch.zeros(1))):
+    zero, point = torch.zeros(1), torch.zeros(1, 2)
+    lines = (DIVERGENCES[args.divergence](zero), ratio_loss(zero, zero),
+             generator_loss(lambda x, sigma: x.sum(1), point, zero, point, args.divergence))
+    if ... in lines:
         raise UserError("there are blanks left: fill them in, then python exercises/check.py 1")
     if args.picture:
         plane.pyplot()  # a missing package is told now, not after the work

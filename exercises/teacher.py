@@ -30,7 +30,8 @@ ALPHA = 1.0  # of SiD
 
 
 def without_ratio(settings):
-    return {key: value for key, value in settings.items() if key not in ("divergence", "xflip") and not key.startswith("ratio")}
+    without = ("divergence", "noise_weight", "xflip")
+    return {key: value for key, value in settings.items() if key not in without and not key.startswith("ratio")}
 
 
 PRESETS = {name: without_ratio(preset) | dict(lr=None) for name, preset in train_diffratio.PRESETS.items()}

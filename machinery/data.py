@@ -87,11 +87,16 @@ class Dataset:
         digest.update(np.ascontiguousarray(self.images).data.cast("B"))
         return digest.hexdigest()
 
-    def describe(self):
-        """Name, size, classes and a hash of up to 1000 images: what a run must be resumed with."""
-        some = Dataset(self.name, self.images[:: -(-len(self) // 1000)]).fingerprint()[:8]
+    def describe(self, conditional):
+        """Name, size, classes and a hash of up to 1000 images: what a run must be resumed with.
+
+        For a `conditional` network the hash is that of all labels, too.
+        """
+        some = Dataset(self.name, self.images[:: -(-len(self) // 1000)]).fingerprint()
+        if conditional:
+            some = hashlib.sha256(some.encode() + self.labels.tobytes()).hexdigest()
         name = Path(self.name).name  # the folder may move
-        return f"{name} ({len(self)} images, {self.label_dim} classes, content {some})"
+        return f"{name} ({len(self)} images, {self.label_dim} classes, content {some[:8]})"
 
     def batch(self, indices):
         """(raw images [n, ...], labels int64 [n] or None) at `indices`, on the CPU."""
@@ -300,7 +305,7 @@ def _list_folder(folder):
 
 def _visible(name):
     """False for hidden files, folders in a zip, and what a NAS or macOS adds."""
-    parts = name.split("/")
+    parts = name.removeprefix("./").split("/")
     return parts[-1] and not any(p.startswith((".", "@eaDir", "__MACOSX")) for p in parts)
 
 

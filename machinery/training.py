@@ -302,6 +302,7 @@ POSITIVE = {int: number("positive int", int, 1), float: number("positive float",
 finite = number("finite number", float, -sys.float_info.max)
 not_negative = number("non-negative number", float, 0)
 fraction = number("number in [0, 1)", float, 0, 1)
+share = number("number above 0, at most 1", float, 5e-324, math.nextafter(1, 2))
 integer = number("integer", int, -math.inf)
 DEVICE = ("auto", "auto: CUDA where there is any", ["auto", "cpu", "cuda"])
 PRECISION = ("auto", "auto: on GPUs bf16, or fp16 where that is missing; on CPUs fp32",
@@ -345,11 +346,11 @@ def arguments(doc, settings, presets, outdir=""):
 
 # ---- A training run
 
-FREE_FLAGS = {  # may change when a run resumes; of these only kimg affects it, by the rates' decay
+FREE_FLAGS = {  # may change when a run resumes; of these only kimg affects weights, by the decay
     "preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg",
     "save_kimg", "fid_every", "fid_images", "fid_reference", "fid_features", "inception",
 }
-FORMAT = 5  # of checkpoint.pt
+FORMAT = 6  # of checkpoint.pt
 
 
 class Run:
@@ -363,7 +364,8 @@ class Run:
     def __init__(self, args, rt, stage, dataset, **parts):
         self.dir, self.rt, self.stage, self.parts = Path(args.outdir), rt, stage, parts
         self.settings = {k: v for k, v in vars(args).items() if k not in {*FREE_FLAGS, "data"}}
-        self.settings |= {"precision": rt.precision, "data": dataset.describe()}  # data last
+        described = dataset.describe(parts["ema"].config.label_dim > 0)
+        self.settings |= {"precision": rt.precision, "data": described}  # data last
         images = max(round(args.kimg * 1000), 1)
         self.total_nimg = -(-images // rt.batch) * rt.batch  # whole batches
         self.nimg = self.logged_nimg = 0

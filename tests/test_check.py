@@ -7,6 +7,8 @@ import pytest
 import run
 from conftest import ROOT
 
+from machinery.files import UserError
+
 STAGE2, TEACHER, BLANK = (ROOT / name for name in (
     "train_diffratio.py", "exercises/teacher.py", "exercises/plane_blank.py"))
 PLANE = {  # blanks of plane_blank.py, filled in
@@ -85,6 +87,9 @@ def test_the_script_as_it_is_is_variant_a_and_an_error_names_its_line(edited, ve
     broken = edited(STAGE2, {"real, labels = batches": "real, labels = batch"})
     error = refused(check, "5", "--script", broken)
     assert "fails in line" in error and "NameError" in error
+    broken = edited(STAGE2, {"real, labels = batches": "raise NotImplementedError; real, labels = batches"})
+    assert "fails in line" in refused(check, "5", "--script", broken)
+    assert "has no SETTINGS" in refused(check, "7", "--script", BLANK)
     frozen = edited(STAGE2, {changes.UNFROZEN: changes.UNFROZEN.replace("True", "False")})
     assert "does not require grad" in refused(check, "8", "--script", frozen)
     of_fake = "generator_objective, z, fake"
@@ -154,6 +159,9 @@ def test_filled_blanks_are_right_and_run(edited, verdict, refused, capsys, monke
     monkeypatch.setattr("sys.argv", command.split())
     check.functions(solved)["main"]()
     assert "of 8 modes" in capsys.readouterr().out
+    last = edited(BLANK, {old: new for old, new in PLANE.items() if "ratio(" not in new})
+    with pytest.raises(UserError, match="blanks left"):
+        check.functions(last)["main"]()
 
 
 def test_exercises_without_code_say_so(call, capsys, refused):

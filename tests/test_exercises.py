@@ -292,6 +292,19 @@ def test_held_out_images_are_the_reference_and_the_first_row(digits, monkeypatch
     assert row["nearest"] == held.nearest(images[1000:]).median().item() > row["nearest_low"] > 5
 
 
+def test_classes_are_numbered_as_training_numbers_them(digits, monkeypatch, capsys):
+    """Digits 0 and 3 alone: --cond makes them 0 and 1. A test set of other classes, or without any, tells no accuracy."""
+    some = np.isin(digits.labels, (0, 3))
+    images, labels = digits.images[some], digits.labels[some]
+    sets = {"gaps": data.Dataset("gaps", images, labels), "bare": data.Dataset("bare", images)}
+    monkeypatch.setattr(data, "load", sets.__getitem__)
+    measures = measure.Measures("gaps")
+    row = measures(images, labels // 3)
+    assert row["accuracy"] > 0.95 and len(row["shares"]) == 2 and min(row["shares"]) > 0.4
+    (row,) = measure.Measures("gaps", test="bare").floors().values()
+    assert "accuracy" not in row
+
+
 def test_measures_tell_good_from_bad_and_from_memory(measures, digits):
     """Data is near data; noise covers nothing; copies of one image are precise, cover nothing, are at distance zero."""
     rng = np.random.default_rng(0)

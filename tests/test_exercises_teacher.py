@@ -154,6 +154,9 @@ def test_verifier_measures_and_continues(call, refused, tiny, tmp_path, monkeypa
     network, ratio = (ROOT / "assets" / f"fashion-mnist{end}.pt" for end in ("", "-ratio"))
     args += ["--results", tmp_path / "new.jsonl"]
     assert "was not trained with" in refused(verifier, *args, "--ratio", ratio)
+    net = checkpoints.load_network(ROOT / "assets" / "digits-ratio.pt")
+    checkpoints.save_network(other, net, **net.about | {"seed": 1})  # the same run with another seed
+    assert "was not trained with" in refused(verifier, *args, "--ratio", other)
     assert "other images" in refused(verifier, *args, "--network", network, "--ratio", ratio)
     assert "none.pt: no such file" in refused(verifier, *args, "--network", tmp_path / "none.pt")
 

@@ -297,6 +297,20 @@ def test_sizes_before_training(samples, reference, message, tmp_path, monkeypatc
         fid.training_fid(args, data.Dataset("mine", samples), Mock(rt=ONE_RANK), None, None)
 
 
+def test_the_best_network_is_the_best_of_measurements_alike(monkeypatch):
+    """A run that resumes with other features, another reference or number of samples has another scale."""
+    run, written = Mock(rt=ONE_RANK, log=[{"nimg": 32, "fid": 0.001, "features": "others", "images": 50}]), []
+    run.write = lambda record, text: run.log.append(record)
+    args = Mock(fid_features=NETWORK, fid_reference=None, fid_images=2)
+    monkeypatch.setattr(fid, "measure", lambda *args: (None, None))
+    reference = Mock()
+    monkeypatch.setattr(fid, "reference_statistics", lambda *args: reference)
+    for value, best in ((5.0, [5.0]), (6.0, [5.0]), (4.0, [5.0, 4.0])):
+        monkeypatch.setattr(fid, "frechet_distance", lambda *args, value=value: value)
+        fid.training_fid(args, data.Dataset("mine", pictures(4)), run, None, lambda suffix, fid: written.append(fid))
+        assert written == best
+
+
 @pytest.fixture
 def command(call, capsys):
     """Run `fid.py` with arguments and --json: (its result, standard error)."""

@@ -306,6 +306,11 @@ def test_a_run_continues_where_its_data_has_moved_and_on_no_others_of_the_same_n
     assert "--resolution 8" in refused(*args("here", "--resolution", "16"))
     net = checkpoints.load_network(tmp_path / "run" / "network.pt")
     assert net.about["nimg"] == 64 and net.config.img_resolution == 8
+    path, images = tmp_path / "labelled.npz", np.zeros((4, 8, 8, 1), np.uint8)
+    for labels, outcome in (([0, 1, 2, 1], call), ([1, 2, 0, 2], refused)):  # corrected meanwhile
+        np.savez(path, images=images, labels=labels)
+        said = outcome(pretrain, *SHORT, "--data", path, "--cond", "--outdir", tmp_path / "cond")
+    assert "was trained with --data" in said
 
 
 def test_divergence_of_the_loss_leaves_the_last_checkpoint(call, refused, tmp_path):
