@@ -1,4 +1,4 @@
-# make demo    environment, both stages on the embedded digits, samples, a table of distances: 8 to 9 minutes on two AVX2 cores
+# make demo    environment, both stages on the embedded digits, samples, a table of distances: 8 minutes on two AVX2 cores
 # make test    the tests
 # make exercises    matplotlib for the pictures of the course, and its first exercise
 # make demo SEED=1 repeats it with another seed, in runs/digits-1.

@@ -46,7 +46,7 @@ def test_stage_2_brings_samples_closer_to_the_data(call, stage1, tmp_path, capsy
 
 def test_two_iterations_written_out_by_hand(call, stage1, tmp_path, device):
     """The script's loop equals the method in its plainest form: no shared forward, gradients asked for one network at a time."""
-    call(train_diffratio, *SHORT, "--kimg", "0.064", "--lr", "1e-3", "--ratio-lr", "1e-3", "--lr-decay-kimg", "0", "--ratio-steps", "1",
+    call(train_diffratio, *SHORT, *"--kimg 0.064 --lr 1e-3 --ratio-lr 1e-3 --lr-decay-kimg 0 --ratio-steps 1 --p-mean -1.2".split(),
          "--init", stage1 / "network.pt", "--outdir", tmp_path, "--device", device)
 
     digits, rt, seed = data.load("digits"), training.start(device, batch=32), 0
