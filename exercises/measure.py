@@ -113,17 +113,18 @@ class Measures:
         found = self.nearest(chosen(images, NEAREST), skip_self)
         return {"nearest": found.median().item(), "nearest_low": found.quantile(0.01).item()}
 
-    def __call__(self, images, labels=None, held=None):
+    def __call__(self, images, labels=None, held=None, kid=True):
         """images uint8 [N, H, W, C], classes asked for int [N] or None -> {measure: number}.
 
-        held: {view: features} to compare with instead of those of the reference.
+        held: {view: features} to compare with instead of those of the reference. kid: it takes the longest.
         """
         images, labels = chosen(images), labels if labels is None else chosen(labels)
         result = {"images": len(images)}
         for view, ours in self.all_features(images).items():
             theirs = (held or self.held)[view]
             result[f"fd_{view}"] = self.distance(view, ours, theirs)
-            result[f"kid_{view}"], result[f"kid_std_{view}"] = fid.kernel_distance(theirs, ours)
+            if kid:
+                result[f"kid_{view}"], result[f"kid_std_{view}"] = fid.kernel_distance(theirs, ours)
             result[f"precision_{view}"], result[f"recall_{view}"] = fid.precision_recall(theirs, ours)
         found = classifier.predict(self.classifier, images)
         shares = np.bincount(found, minlength=self.train.label_dim) / len(found)

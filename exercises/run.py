@@ -212,7 +212,7 @@ def measured(folder, flags, measures, seed):
         raise UserError(f"{folder} is a run of {kimg:g} instead of {wanted:g} kimg; remove it")
     net = checkpoints.load_network(folder / "network.pt", role="generator")
     images = np.concatenate([data.to_uint8(x) for x, _ in sample.in_batches(net, range(SAMPLES), seed, "cpu", 300)])
-    line = measures(images)
+    line = measures(images, kid=False)
     if "bands" in last:  # of a method with a ratio network
         line["bands"] = {name: band["accuracy"] for name, band in last["bands"].items()}
         line["calibration"] = calibration(folder, measures.train, seed)

@@ -169,7 +169,8 @@ def test_results_are_measured_once_for_each_seed_and_hash_and_the_table_shows_th
     shown = capsys.readouterr().out
     assert "| FD (classifier) | FD (stage 1) |" in shown and "| right at 0.1, % |" in shown
     assert f"| 1 ratio step | {(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f} |" in shown
-    assert f"| 1 ratio step, seed 17 | {a:.1f} OUTSIDE 11.0 to 23.5 |" in shown  # it is short
+    expected = run.between("FD (classifier)", run.intervals(run.results(run.REFERENCE))["default"])
+    assert f"| 1 ratio step, seed 17 | {a:.1f} OUTSIDE {expected} |" in shown  # it is short
     with monkeypatch.context() as patch:
         patch.setattr(run, "train", None)  # a further run would fail
         call(run, "ratio", *args)
