@@ -206,7 +206,8 @@ class Statistics:
         mu, sigma, rows = self.mu, self.sigma, self.rows
         with files.reading(self.name, "statistics of features", "make them again"):
             if not (mu.dtype.kind + sigma.dtype.kind == "ff" and sigma.shape == 2 * mu.shape
-                    and np.isfinite(mu).all() and np.isfinite(sigma).all()):
+                    and np.isfinite(mu).all() and np.isfinite(sigma).all()
+                    and np.abs(sigma - sigma.T).max() <= 1e-5 * np.abs(sigma).max()):
                 raise ValueError("expected finite float64 [d] and a covariance [d, d]")
             if rows is not None and not (rows.dtype == np.float32 and rows.shape[1:] == mu.shape
                                          and np.isfinite(rows).all()):
@@ -435,7 +436,8 @@ def training_fid(args, dataset, run, net, write_networks):
         return decode(sample.generate(net, *sample.inputs(net, indices, args.seed, rt.device)))
 
     # Values compare only with those measured alike: these flags may change when a run resumes.
-    how = {"features": extractor.tag, "reference": reference.name, "images": args.fid_images}
+    how = {"features": extractor.tag, "images": args.fid_images,
+           "reference": Path(reference.name).name}  # the folder may move
 
     def measure_fid():
         if run.due(args.fid_every) and run.lacks("fid"):

@@ -111,11 +111,11 @@ SETTINGS = dict(
     xflip=(False, "mirror half of the images"),
 )
 # The paper gives t_init, beta1, ratio_steps and the divergences; all else is our choice. Noise
-# levels are those of stage 1 (docs/fashion-mnist.md, short runs). For the large systems the rest
-# follows related methods and was not run at length (docs/large-scale.md).
+# levels are those of stage 1 (docs/fashion-mnist.md, short runs); on the digits smaller ones make
+# stage 2 shorter (docs/reproducibility.md). For the large systems the rest follows related methods
+# and was not run at length (docs/large-scale.md).
 # With one ratio step at 28x28 the ratio network falls behind the generator (docs/method.md,
-# section 7); on the digits two are nearer at equal images. Less noise than in stage 1 lets the
-# digits do with 26 thousand images in place of 30 (docs/reproducibility.md).
+# section 7); on the digits two are nearer at equal images.
 SMALL = dict(batch=64, lr=1e-4, ratio_lr=3e-4, ratio_steps=2, lr_decay_kimg=None,
              ema_halflife_kimg=20.0, log_kimg=4.0, grid_kimg=32.0, save_kimg=16.0)
 PRESETS = {

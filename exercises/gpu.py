@@ -1,4 +1,4 @@
-"""What a device makes of this code: errors of the networks, speed, memory. (`make test` runs the tests on CUDA, too.)
+"""Errors of the networks, speed and memory on a device. (`make test` runs the tests on CUDA, too.)
 
     python exercises/gpu.py                              everything; the page goes to gpu.md as it grows
     python exercises/gpu.py --parts speed --preset cifar10 --batch 4 --device cpu

@@ -116,7 +116,7 @@ class Measures:
     def __call__(self, images, labels=None, held=None, kid=True):
         """images uint8 [N, H, W, C], classes asked for int [N] or None -> {measure: number}.
 
-        held: {view: features} to compare with instead of those of the reference. kid: it takes the longest.
+        held: {view: features} to compare with instead of those of the reference. kid: whether to compute KID, which takes the longest.
         """
         images, labels = chosen(images), labels if labels is None else chosen(labels)
         result = {"images": len(images)}
@@ -153,7 +153,7 @@ COLUMNS = {  # heading: (value in a row's measures, format)
     "images": (lambda r: r["images"], "{:.0f}"),
     "FD (classifier)": (lambda r: r["fd_classifier"], "{:.1f}"),
     "FD (stage 1)": (lambda r: r.get("fd_stage1"), "{:.4f}"),
-    "KID (classifier)": (lambda r: r["kid_classifier"], "{:.3g}"),
+    "KID (classifier)": (lambda r: r.get("kid_classifier"), "{:.3g}"),
     "precision": (lambda r: r["precision_classifier"], "{:.2f}"),
     "recall": (lambda r: r["recall_classifier"], "{:.2f}"),
     "nearest": (lambda r: r["nearest"], "{:.1f}"),

@@ -343,9 +343,9 @@ def draw_field(folder):
     save(figure, folder / "plane-field.png")
 
 
-def save(figure, path, dpi=75):
+def save(figure, path):
     with atomic(path) as part:
-        figure.savefig(part, format="png", dpi=dpi)
+        figure.savefig(part, format="png", dpi=75)
     print(f"drew {path}")
 
 

@@ -385,7 +385,7 @@ def main():
         results=(None, "train and measure what this file lacks, and add it (default: print our reference results)", str),
         seeds=(1, "number of seeds"),
         first_seed=(0, "the first of them", training.number("whole number from 0 on", int, 0)),
-        short=(False, "rows of a quarter of the length, which have a reference of their own"),
+        short=(False, "rows a quarter as long, with intervals of their own"),
         predict=(None, "store this text, or this file, as your prediction and end", str),
         submit=(None, "write predictions, results with their diffs and checks, and logs to this file and end", str),
         table=(False, "print what --results holds and run nothing")))

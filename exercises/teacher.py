@@ -4,7 +4,7 @@ It differs from train_diffratio.py in where the generator's direction comes from
 The teacher D_T is the frozen network of stage 1. The student D_S starts as its copy and learns, by the loss of stage 1, from
 the generator's samples. No data is needed. No ratio.pt is written. The same command again resumes the run.
 
-    python exercises/teacher.py --method vsd --kimg 50          or sid
+    python exercises/teacher.py --method vsd --kimg 50 --p-mean -1.2          or sid
 """
 
 import copy

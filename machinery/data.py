@@ -90,7 +90,7 @@ class Dataset:
     def describe(self, conditional):
         """Name, size, classes and a hash of up to 1000 images: what a run must be resumed with.
 
-        For a `conditional` network the hash is that of all labels, too.
+        For a `conditional` network the hash covers all labels, too.
         """
         some = Dataset(self.name, self.images[:: -(-len(self) // 1000)]).fingerprint()
         if conditional:

@@ -346,7 +346,7 @@ def arguments(doc, settings, presets, outdir=""):
 
 # ---- A training run
 
-FREE_FLAGS = {  # may change when a run resumes; of these only kimg affects weights, by the decay
+FREE_FLAGS = {  # may change on resumption; only kimg affects the weights, by the rates' decay
     "preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg",
     "save_kimg", "fid_every", "fid_images", "fid_reference", "fid_features", "inception",
 }

@@ -293,7 +293,7 @@ def test_held_out_images_are_the_reference_and_the_first_row(digits, monkeypatch
     assert row["nearest"] == held.nearest(images[1000:]).median().item() > row["nearest_low"] > 5
 
 
-def test_classes_are_numbered_as_training_numbers_them(digits, monkeypatch, capsys):
+def test_classes_are_numbered_as_training_numbers_them(digits, monkeypatch):
     """Digits 0 and 3 alone: --cond makes them 0 and 1. A test set of other classes, or without any, tells no accuracy."""
     some = np.isin(digits.labels, (0, 3))
     images, labels = digits.images[some], digits.labels[some]

@@ -214,6 +214,14 @@ def test_the_weights_in_assets_draw_digits_without_any_flag(call, tmp_path, devi
          "--out", tmp_path / "x.png")
 
 
+@pytest.mark.parametrize("path", sorted(ASSETS.glob("*.pt")), ids=lambda path: path.stem)
+def test_the_weights_in_assets_draw_different_images_of_full_contrast(path):
+    net = checkpoints.load_network(path)
+    if net.about["role"] != "ratio":
+        images = sample.generate(net, *sample.inputs(net, range(4), 0, "cpu"), steps=9)
+        assert images.isfinite().all() and 0.2 < images.std() < 1 and torch.pdist(images.flatten(1)).min() > 1
+
+
 def test_one_step_from_stage_1_is_the_generator_that_stage_2_starts_from(call, refused, stage1, tmp_path, device):
     call(sample, "--network", stage1 / "network.pt", "--device", device, "--one-step", "1.5", "--n", "4", "--out", tmp_path / "a.npz")
     net = checkpoints.load_network(stage1 / "network.pt")
