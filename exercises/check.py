@@ -26,6 +26,7 @@ from project import ROOT
 from machinery import checkpoints, training
 from machinery.files import UserError
 import networks
+import plane
 
 STAGE1 = str(ROOT / "assets" / "digits-stage1.pt")
 FLAGS = [*"--batch 8 --kimg 0.016 --ratio-steps 1 --device cpu --precision fp32 --init".split(), STAGE1]
@@ -264,7 +265,7 @@ def check_vsd(script, variant):
 
 def check_plane(script, variant):
     """Exercise 1: plane_blank.py."""
-    student = functions(script, "DIVERGENCES", "ratio_loss", "generator_loss")
+    student = functions(script, "DIVERGENCES", "ratio_loss", "generator_loss", "iteration")
     for name in ("dijs", "dikl", "dirm", "fkl"):
         yield judge_divergence(name, student["DIVERGENCES"][name])
     h = torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True)
@@ -289,7 +290,48 @@ def check_plane(script, variant):
         seen = ("the ratio is not asked about noised samples" if not asked or not torch.allclose(asked[0], noised) else
                 "no graph to the samples" if not value.requires_grad else
                 "f' of h at noised samples" if torch.allclose(value, -noised.sum(1)) else "another loss")
-    yield "generator_loss", seen, "f' of h at noised samples", "noise as in block 1 of the loop; the rest is in DIVERGENCES"
+    yield "generator_loss", seen, "f' of h at noised samples", "noise as in block 1 of `iteration`; the rest is in DIVERGENCES"
+    yield from check_iteration(student)
+
+
+def check_iteration(student):
+    """The loop of plane_blank.py: what each step is told, and which network it moves."""
+    generator, asked, draws, steps = torch.nn.Linear(2, 2), [], [], {}
+
+    class Ratio(plane.Ratio):
+        def forward(self, x, sigma, labels=None):
+            asked.append((x.detach(), sigma))
+            return super().forward(x, sigma)
+
+    def normal():
+        draws.append(torch.randn(6, 2))
+        return draws[-1]
+
+    def stepper(name):
+        def step(loss):
+            nets = {"generator": generator, "ratio network": ratio} if loss.requires_grad else {}
+            grads = {who: torch.autograd.grad(loss.sum(), weights, retain_graph=True, allow_unused=True)
+                     for who, net in nets.items() if (weights := [p for p in net.parameters() if p.requires_grad])}
+            moved = [who for who, found in grads.items() if any(g is not None for g in found)]
+            x, sigma = asked[-1]
+            noise = [i for i, eps in enumerate(draws) if torch.allclose(x, fake.detach() + sigma[:, None] * eps, atol=1e-6)]
+            steps[name] = " and ".join(moved) or "nothing", noise
+        return argparse.Namespace(step=step)
+
+    def G(z):
+        nonlocal fake
+        fake = generator(z)
+        return fake
+
+    ratio, fake, blank = Ratio(8), None, ("nothing", [])
+    inputs = torch.randn(6, 2), normal, lambda: torch.rand(6) + 0.1, "dikl"
+    with contextlib.suppress(TypeError, AttributeError):  # `...` where a tensor should be
+        student["iteration"](G, ratio, stepper("ratio"), stepper("generator"), *inputs)
+    (of_ratio, first), (of_generator, second) = steps.get("ratio", blank), steps.get("generator", blank)
+    yield "the ratio's step moves", of_ratio, "ratio network", "samples with a graph to the generator move it, too"
+    yield "it sees noised samples", bool(first), True, "fake plus sigma times a draw of normal()"
+    yield "the generator's step moves", of_generator, "generator", "`generator_loss` of `fake`, which carries the graph"
+    yield "its samples are noised anew", bool(second) and second != first, True, "a new level and a new draw of normal()"
 
 
 def functions(script, *names):

@@ -18,6 +18,8 @@ PLANE = {  # blanks of plane_blank.py, filled in
         'from their logits: [N]."""\n    return 0.5 * (F.softplus(-h_real) + F.softplus(h_fake))',
     "h at x [N, 2].\"\"\"\n    return ...":
         'h at x [N, 2]."""\n    return DIVERGENCES[divergence](ratio(fake + sigma[:, None] * eps, sigma))',
+    "h_fake = ...  #": "h_fake = ratio(fake.detach() + sigma[:, None] * normal(), sigma)  #",
+    "    ...  # one step": "    follow.step(generator_loss(ratio, fake, levels(), normal(), divergence))  # one step",
 }
 
 
@@ -144,6 +146,9 @@ def test_starts_trained_parts_noise_and_weights(command, script, edits, said, ed
     ("1", "F.softplus(-h),", "torch.log(1 + torch.exp(-h)),", "not finite at h = -200"),
     ("1", "0.5 * (F.softplus(-h_real) +", "(F.softplus(-h_real) +", "twice"),
     ("1", "ratio(fake + sigma[:, None] * eps,", "ratio(fake,", "not asked about noised samples"),
+    ("1", "ratio(fake.detach() + sigma[:, None] * normal()", "ratio(fake + sigma[:, None] * normal()", "moves: generator and ratio network"),
+    ("1", "generator_loss(ratio, fake, levels(), normal(), div", "generator_loss(ratio, fake.detach(), levels(), normal(), div",
+     "wanted: generator"),
 ])
 def test_what_is_wrong_with_a_line_is_said(exercise, old, new, hint, edited, verdict):
     solutions = {"1": (BLANK, PLANE), "2": (STAGE2, changes.CHANGES["divergences"])}
