@@ -4,7 +4,7 @@ p is a spiral of eight Gaussians, q the same spiral turned. A small ratio networ
 scores of p and of q, with the losses of the main scripts and as many points. `error` compares the gradient of the one and the
 difference of the others with the truth. `fixed-point` trains a generator by the one or the other and asks where it ends.
 
-    python exercises/plane.py                                  two tables, one seed, two minutes
+    python exercises/plane.py                                  two tables, one seed, three minutes
     python exercises/plane.py error --regimes close "far, scaled logit" --pictures my-pictures         and the gradient fields
 
 A row is a line of JSON in exercises/results/plane.jsonl. A row with the same settings that is there is not run again.
