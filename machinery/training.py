@@ -49,6 +49,9 @@ def run(main):
     except Stopped as stop:
         _end(stop.args[0], 128 + stop.args[1])
     except Exception as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            cause = getattr(error, "inner_exception", error)  # no C++ compiler, for example
+            _end(f"error: {UserError(f'torch.compile fails ({cause}); leave out --compile')}")
         if _place()[1] == 1:
             raise
         if isinstance(error, dist.DistError) or "gloo" in str(error):

@@ -220,6 +220,14 @@ def test_a_full_gpu_is_not_a_damaged_file():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+def test_a_missing_compiler_is_one_line(refused):
+    def main():
+        raise type("Failed", (RuntimeError,), {"__module__": "torch._inductor.exc"})("No working\nC++ compiler")
+
+    said = refused(types.SimpleNamespace(__name__="script", main=main))
+    assert "No working C++ compiler); leave out --compile" in said
+
+
 # ---- Any division of the work
 
 
