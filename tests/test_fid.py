@@ -305,7 +305,7 @@ def test_the_best_network_is_the_best_of_measurements_alike(monkeypatch):
     monkeypatch.setattr(fid, "measure", lambda *args: (None, None))
     reference = Mock()
     monkeypatch.setattr(fid, "reference_statistics", lambda *args: reference)
-    for value, best in ((5.0, [5.0]), (6.0, [5.0]), (4.0, [5.0, 4.0])):
+    for reference.name, value, best in (("a/x.npz", 5.0, [5.0]), ("b/x.npz", 6.0, [5.0]), ("b/x.npz", 4.0, [5.0, 4.0])):
         monkeypatch.setattr(fid, "frechet_distance", lambda *args, value=value: value)
         fid.training_fid(args, data.Dataset("mine", pictures(4)), run, None, lambda suffix, fid: written.append(fid))
         assert written == best
