@@ -207,7 +207,8 @@ class Statistics:
         with files.reading(self.name, "statistics of features", "make them again"):
             if not (mu.dtype.kind + sigma.dtype.kind == "ff" and sigma.shape == 2 * mu.shape
                     and np.isfinite(mu).all() and np.isfinite(sigma).all()
-                    and np.abs(sigma - sigma.T).max() <= 1e-5 * np.abs(sigma).max()):
+                    and np.abs(sigma - sigma.T).max() <= 1e-5 * np.abs(sigma).max()
+                    and sigma.diagonal().min() >= -1e-5 * np.abs(sigma).max()):
                 raise ValueError("expected finite float64 [d] and a covariance [d, d]")
             if rows is not None and not (rows.dtype == np.float32 and rows.shape[1:] == mu.shape
                                          and np.isfinite(rows).all()):

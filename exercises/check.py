@@ -325,8 +325,11 @@ def check_iteration(student):
 
     ratio, fake, blank = Ratio(8), None, ("nothing", [])
     inputs = torch.randn(6, 2), normal, lambda: torch.rand(6) + 0.1, "dikl"
-    with contextlib.suppress(TypeError, AttributeError):  # `...` where a tensor should be
+    try:
         student["iteration"](G, ratio, stepper("ratio"), stepper("generator"), *inputs)
+    except Exception as error:
+        yield ("iteration", f"{type(error).__name__}: {str(error)[:200]}", "two steps",
+               "is one of its lines still a blank? The message of Python says what was there instead")
     (of_ratio, first), (of_generator, second) = steps.get("ratio", blank), steps.get("generator", blank)
     yield "the ratio's step moves", of_ratio, "ratio network", "samples with a graph to the generator move it, too"
     yield "it sees noised samples", bool(first), True, "fake plus sigma times a draw of normal()"

@@ -116,7 +116,8 @@ class Measures:
     def __call__(self, images, labels=None, held=None, kid=True):
         """images uint8 [N, H, W, C], classes asked for int [N] or None -> {measure: number}.
 
-        held: {view: features} to compare with instead of those of the reference. kid: whether to compute KID, which takes the longest.
+        held: {view: features} to compare with instead of those of the reference.
+        kid: whether to compute KID, which takes the longest.
         """
         images, labels = chosen(images), labels if labels is None else chosen(labels)
         result = {"images": len(images)}

@@ -115,7 +115,7 @@ def rows_of(exercise, short=False):
     for name, text in EXERCISES[exercise].items():
         flags = " ".join(word for word in text.split() if word[0] != "+")
         names = tuple(word[1:] for word in text.split() if word[0] == "+")
-        if not (short and any("one-level" in name for name in names)):
+        if not (short and of_one_level(names)):
             rows[name] = shortened(flags) if short else flags, names
     return rows
 
@@ -125,8 +125,13 @@ def shortened(flags):
     return f"{flags} --kimg {kimg_of(flags) / 4:g}".strip()
 
 
+def last_of(flag, flags):
+    """The number that counts where a flag is given several times."""
+    return float(re.findall(rf"--{flag} ([\d.]+)", flags)[-1])
+
+
 def kimg_of(flags):
-    return float(re.findall(r"--kimg ([\d.]+)", f"--kimg {KIMG} {flags}")[-1])
+    return last_of("kimg", f"--kimg {KIMG} {flags}")
 
 
 def run_name(flags, names):
@@ -159,7 +164,7 @@ def train(folder, flags, names, seed):
     if "teacher" in names:
         script, one_step = root / "exercises" / "teacher.py", ""
     elif names and "mine" not in names:
-        if any("one-level" in name for name in names) and not one_level_is_there():
+        if of_one_level(names) and not one_level_is_there():
             outdir = (WORK / changes.ONE_LEVEL).parent
             call([root / "pretrain.py", *ONE_LEVEL.split(), "--outdir", outdir], root)
         script = folder / changes.SCRIPT
@@ -167,6 +172,11 @@ def train(folder, flags, names, seed):
             part.write_text(changes.changed(names))
     flags = shlex.split(f"{COMMON} {one_step} {flags}")
     call([script, *flags, "--seed", seed, "--outdir", folder], root)
+
+
+def of_one_level(names):
+    """Whether changes of code need the stage 1 of one noise level."""
+    return any("one-level" in name for name in names)
 
 
 def one_level_is_there():
@@ -207,8 +217,8 @@ def measured(folder, flags, measures, seed):
     """The measures of a finished run."""
     log = measure.json_lines(folder / "log.jsonl", "nimg")
     last = [line for line in log if "images_per_second" in line][-1]
-    kimg, wanted = last["nimg"] / 1000, kimg_of(flags)
-    if kimg < wanted:  # the loop of --mine may end early
+    kimg, wanted, batch = last["nimg"] / 1000, kimg_of(flags), int(last_of("batch", f"{COMMON} {flags}"))
+    if not 0 <= last["nimg"] - round(1000 * wanted) < batch:  # whole batches; the loop of --mine may end early
         raise UserError(f"{folder} is a run of {kimg:g} instead of {wanted:g} kimg; remove it")
     net = checkpoints.load_network(folder / "network.pt", role="generator")
     images = np.concatenate([data.to_uint8(x) for x, _ in sample.in_batches(net, range(SAMPLES), seed, "cpu", 300)])

@@ -149,6 +149,7 @@ def test_starts_trained_parts_noise_and_weights(command, script, edits, said, ed
     ("1", "ratio(fake.detach() + sigma[:, None] * normal()", "ratio(fake + sigma[:, None] * normal()", "moves: generator and ratio network"),
     ("1", "generator_loss(ratio, fake, levels(), normal(), div", "generator_loss(ratio, fake.detach(), levels(), normal(), div",
      "wanted: generator"),
+    ("1", "h_fake = ratio(fake.detach()", "h_fake = ratios(fake.detach()", "NameError: name 'ratios'"),
 ])
 def test_what_is_wrong_with_a_line_is_said(exercise, old, new, hint, edited, verdict):
     solutions = {"1": (BLANK, PLANE), "2": (STAGE2, changes.CHANGES["divergences"])}

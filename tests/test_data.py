@@ -105,14 +105,13 @@ def test_images_with_labels_from_every_kind_of_file(tmp_path, kind, cache, resol
         expected = [square.resize((8, 8), Image.Resampling.LANCZOS) for square in squares]
         expected = np.reshape(expected, (6, 8, 8, -1))
     hidden = dict.fromkeys([".hidden.png", "@eaDir/0.png", "__MACOSX/0.png"], "not an image")
-    if kind == "set.zip":  # names as bsdtar writes them
-        hidden = {f"./{name}": content for name, content in hidden.items()}
+    prefix = "./" if kind == "set.zip" else ""  # as bsdtar writes names
     path = make(tmp_path / kind, {
         "set.npz": {"arr_0": images, "arr_1": labels},
         "gray.NPZ": {"images": images[..., 0], "labels": np.int32(labels)},
         "idx": {name.replace("-idx", ".idx").removesuffix(".gz"): gzip.decompress(content)
                 for name, content in idx_folder(images[..., 0], labels).items()},  # as Kaggle does
-    }.get(kind) or images_and_labels(images, labels) | hidden)
+    }.get(kind) or {prefix + name: content for name, content in (images_and_labels(images, labels) | hidden).items()})
     for _ in range(2):
         dataset = data.load(path, cache, resolution)
         assert np.array_equal(dataset.images, expected) and dataset.labels.tolist() == labels

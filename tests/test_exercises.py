@@ -188,6 +188,15 @@ def test_results_are_measured_once_for_each_seed_and_hash_and_the_table_shows_th
     assert len(brief.read_text().splitlines()) == 5
 
 
+@pytest.mark.parametrize("nimg, flags, message", [
+    (6144, "--batch 256", "no such file"), (6016, "", "no such file"),  # of the network: the length fits
+    (5952, "", "instead of 6 kimg"), (6080, "", "instead of 6 kimg")])
+def test_a_run_of_the_wanted_length_in_whole_batches_is_measured(nimg, flags, message, tmp_path):
+    (tmp_path / "log.jsonl").write_text(json.dumps(dict(nimg=nimg, images_per_second=1.0)) + "\n")
+    with pytest.raises(UserError, match=message):
+        run.measured(tmp_path, f"{flags} --kimg 6", None, 0)
+
+
 def test_mine_predictions_and_submission(brief, call, refused, capsys, monkeypatch, tmp_path):
     """--mine stores what was run with its diff. A prediction comes before results. A submission holds all that is graded."""
     call(run, "5", "--results", brief, "--predict", "b before d")

@@ -94,6 +94,11 @@ def test_teacher_trains_a_generator_and_resumes(call, tiny, tmp_path, method):
     assert (about["method"], about["t_init"], about["nimg"]) == (method, 2.5, 64)
 
 
+def test_flags_that_teacher_does_not_use_are_refused(refused):
+    for flag in ("--noise-weight", "--ratio-lr", "--divergence", "--fid-every"):
+        assert "unrecognized arguments" in refused(teacher, flag, "1")
+
+
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0])
 def test_under_noise_even_the_exact_ratio_goes_a_part_of_the_way(sigma):
     """q = N(0, 1), p = N(0.5, 1), both with noise: h(y) = (y/2 - 1/8) / (1 + sigma^2), and E[x | y] = y / (1 + sigma^2)."""

@@ -428,7 +428,8 @@ PUBLISHED = dict(mu=np.zeros(2048), sigma=np.eye(2048))  # NVIDIA's files name n
     *[(STATS | {key: value}, STATS, r"a.npz: .*expected finite float64 \[d\] and a covariance")
       for key, value in (
         ("mu", np.zeros((8, 1))), ("mu", np.full(8, np.inf)), ("mu", np.float64(0)),
-        ("sigma", np.eye(7)), ("sigma", np.eye(8).astype("U")), ("sigma", np.tri(8)), ("sigma", np.full((8, 8), np.nan)))],
+        ("sigma", np.eye(7)), ("sigma", np.eye(8).astype("U")), ("sigma", np.tri(8)),
+        ("sigma", np.full((8, 8), np.nan)), ("sigma", -np.eye(8)))],
     *[(STATS | {"rows": rows}, STATS, r"a.npz: .*expected finite float32 rows \[m, 8\]")
       for rows in (np.ones((9, 7), "f"), np.ones(8, "f"), np.ones((9, 8)),
                    np.full((1, 8), np.nan, "f"))],
