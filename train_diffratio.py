@@ -115,7 +115,7 @@ SETTINGS = dict(
 # stage 2 shorter (docs/reproducibility.md). For the large systems the rest follows related methods
 # and was not run at length (docs/large-scale.md).
 # With one ratio step at 28x28 the ratio network falls behind the generator (docs/method.md,
-# section 7); on the digits two are nearer at equal images.
+# section 7). So the small presets take two.
 SMALL = dict(batch=64, lr=1e-4, ratio_lr=3e-4, ratio_steps=2, lr_decay_kimg=None,
              ema_halflife_kimg=20.0, log_kimg=4.0, grid_kimg=32.0, save_kimg=16.0)
 PRESETS = {
