@@ -127,7 +127,6 @@ def resize_tf1(images, size=299):
 
 # ---- Feature extractors
 
-
 @dataclasses.dataclass
 class Extractor:
     """uint8 images [N, H, W, C] -> features [N, dim] float32, logits [N, 1008] or None."""
@@ -146,6 +145,8 @@ class Extractor:
 
 def load_extractor(rt, features=None, weights=None):
     """The features of the stage-1 network `features`, or else Inception's with `weights`."""
+    if features and weights:
+        raise UserError("Inception's weights and a network for the features exclude each other")
     make, path = (network_features, features) if features else (inception, weights)
     return rt.main_first(lambda: make(rt, path))
 
@@ -181,7 +182,7 @@ def network_features(rt, path):
     def function(images):
         x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
         sigma = torch.full((len(x),), 0.2, device=x.device)  # what it is told of the clean images
-        return net.backbone.features(x, sigma).float().mean(dim=(2, 3)), None
+        return net.unet.features(x, sigma).float().mean(dim=(2, 3)), None
 
     tag = f"network sha256:{files.file_hash(path)[:16]}"
     dim = config.model_channels * config.channel_mult[-1]
@@ -189,7 +190,6 @@ def network_features(rt, path):
 
 
 # ---- Statistics
-
 
 @dataclasses.dataclass(eq=False)
 class Statistics:
@@ -204,22 +204,15 @@ class Statistics:
 
     def __post_init__(self):
         mu, sigma, rows = self.mu, self.sigma, self.rows
-        with files.reading(self.name, "statistics of features", "make them again"):
-            if not (mu.dtype.kind + sigma.dtype.kind == "ff" and sigma.shape == 2 * mu.shape
-                    and np.isfinite(mu).all() and np.isfinite(sigma).all()
-                    and np.abs(sigma - sigma.T).max() <= 1e-5 * np.abs(sigma).max()
-                    and sigma.diagonal().min() >= -1e-5 * np.abs(sigma).max()):
-                raise ValueError("expected finite float64 [d] and a covariance [d, d]")
-            if rows is not None and not (rows.dtype == np.float32 and rows.shape[1:] == mu.shape
-                                         and np.isfinite(rows).all()):
-                raise ValueError(f"expected finite float32 rows [m, {len(mu)}]")
+        if not (mu.dtype.kind + sigma.dtype.kind == "ff" and sigma.shape == 2 * mu.shape
+                and np.isfinite(mu).all() and np.isfinite(sigma).all()
+                and np.abs(sigma - sigma.T).max() <= 1e-5 * np.abs(sigma).max()
+                and sigma.diagonal().min() >= -1e-5 * np.abs(sigma).max()):
+            raise UserError(f"{self.name}: expected finite float64 [d] and a covariance [d, d]")
+        if rows is not None and not (rows.dtype == np.float32 and rows.shape[1:] == mu.shape
+                                     and np.isfinite(rows).all()):
+            raise UserError(f"{self.name}: expected finite float32 rows [m, {len(mu)}]")
         self.mu, self.sigma = mu.astype(np.float64), sigma.astype(np.float64)
-
-    @classmethod
-    def of(cls, features, tag):
-        """The statistics of features [n, d], a tensor."""
-        x = features.double().cpu()
-        return cls(x.mean(dim=0).numpy(), x.T.cov().numpy(), tag, len(x))
 
     def save(self, path):
         with files.atomic(path) as part, open(part, "wb") as file:
@@ -337,7 +330,6 @@ def check_images(extractor, *sides):
 
 # ---- The distances
 
-
 def frechet_distance(a, b):
     """|mu_a - mu_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^1/2) of `Statistics`; arXiv 1706.08500.
 
@@ -381,9 +373,6 @@ def precision_recall(reference, samples, k=3):
     Around each point lies a ball that reaches to the k-th nearest other point of its set. Precision
     is the share of samples in a ball of the reference, recall the other way round.
     """
-    if min(len(reference), len(samples)) <= k:
-        raise UserError(f"precision and recall with k = {k} need at least {k + 1} images per side")
-
     def share(x, y):  # of the points x that lie in a ball of y
         x, y = x.double(), y.double()
         rows = max(1, 6_000_000 // len(y))  # 50 MB of distances at once
@@ -398,15 +387,14 @@ def precision_recall(reference, samples, k=3):
 
 # ---- FID during training, and the command
 
-
 def open_side(spec, resolution=None):
     """(`Statistics` or None, `Dataset` or None): what the file or data set `spec` holds."""
-    names = set()
-    if spec.endswith(".pkl"):
+    names, kind = set(), spec.lower()
+    if kind.endswith(".pkl"):
         with files.reading(spec, "a reference of EDM2 with mu and sigma under `fid`"):
             found = files.read_pickle(spec)["fid"]
             return Statistics(found["mu"], found["sigma"], INCEPTION_TAG, name=spec), None
-    if spec.endswith(".npz") and Path(spec).is_file():
+    if kind.endswith(".npz") and Path(spec).is_file():
         what = "a readable .npz of images or statistics"
         with files.reading(spec, what), np.load(spec) as file:
             names = set(file.files)
@@ -455,7 +443,7 @@ def training_fid(args, dataset, run, net, write_networks):
 
 def main():
     parser = training.Parser(__doc__, dict(
-        features=(None, "stage-1 network whose features to use (default: Inception)", str),
+        features=SETTINGS["fid_features"],
         inception=SETTINGS["inception"],
         count=(None, "at most so many images a side, chosen at random (default: all)",
                AT_LEAST_TWO),
@@ -466,11 +454,9 @@ def main():
     parser.add_argument("samples", metavar="SAMPLES", help="images or statistics")
     parser.add_argument("reference", metavar="REFERENCE", help="the same, often the training set")
     args = parser.parse_args()
-    if args.features and args.inception:
-        parser.error("--features and --inception exclude each other")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         parser.error(f"--save-stats {args.save_stats}: the name must end in .npz")
-    rt = training.start(args.device)
+    rt = training.Runtime(args.device)
 
     # Find all that can be wrong before the features are computed, which may take an hour.
     specs = (args.samples, args.reference)

@@ -1,6 +1,7 @@
 """The networks: denoisers D(x; sigma) of EDM and EDM2, and the ratio network h(x, sigma).
 
-Four architectures, with the names and shapes of weights of the published checkpoints:
+Four architectures, whose weights have the shapes and (but for a few, see `load_network`) the names
+of the published checkpoints:
 
     ddpmpp   DDPM++ of EDM (arXiv 2206.00364, Table 7): CIFAR-10, FFHQ, AFHQv2, our small presets
     ncsnpp   NCSN++ of EDM: Fourier embedding, a pyramid of the input, a wider resampling filter
@@ -20,7 +21,6 @@ import torch.nn.functional as F
 from torch import nn
 
 # ---- Configurations
-
 
 class ConfigError(ValueError):
     """A configuration that fits no network. The message names the value and the remedy."""
@@ -43,8 +43,6 @@ class Config:
     sigma_data: float = 0.5  # standard deviation of the data that the preconditioning assumes
 
     def __post_init__(self):
-        for name in ("channel_mult", "attn_resolutions"):  # lists in files
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         arch, kind, size = self.architecture, self.preconditioning, self.img_resolution
         if arch not in ("ddpmpp", "ncsnpp", "adm", "edm2"):
             raise ConfigError(f"unknown architecture {arch!r}; known: ddpmpp, ncsnpp, adm, edm2")
@@ -88,25 +86,18 @@ def preconditioning(kind, sigma, sigma_data):
 
 # ---- Pieces that the architectures share
 
+def resample(x, mode, smooth=False, padding=1):
+    """Halve ("down") or double ("up") the resolution of x with a box filter of 2x2.
 
-def filter_2d(taps):
-    """Outer product of the 1-d filter with itself, summing to one: [1, 1, k, k]."""
-    # In plain numbers: on the meta device tensor arithmetic imports the compiler, for seconds.
-    return torch.tensor([[[[a * b / sum(taps) ** 2 for b in taps] for a in taps]]])
-
-
-def resample(x, mode, kernel=None):
-    """Halve ("down") or double ("up") the resolution of x with the filter `kernel` [1, 1, k, k]."""
+    smooth: with three such boxes in a row, the filter (1, 3, 3, 1) of NCSN++, on zero-padded x.
+    """
     if mode == "keep":
         return x
-    if kernel is None or kernel.shape[-1] == 2:  # the 2x2 box
-        with torch.autocast(x.device.type, enabled=False):  # as in GroupNorm
-            return F.avg_pool2d(x, 2) if mode == "down" else F.interpolate(x, scale_factor=2.0)
-    channels, padding = x.shape[1], (kernel.shape[-1] - 1) // 2
-    kernel = kernel.expand(channels, 1, -1, -1)
-    if mode == "down":
-        return F.conv2d(x, kernel, stride=2, padding=padding, groups=channels)
-    return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=padding, groups=channels)
+    with torch.autocast(x.device.type, enabled=False):  # as in GroupNorm
+        x = F.interpolate(x, scale_factor=2.0) if mode == "up" else x
+        if smooth:
+            x = F.avg_pool2d(F.avg_pool2d(x, 2, 1, padding), 2, 1)
+        return F.avg_pool2d(x, 2) if mode == "down" else x
 
 
 def attention(qkv, heads, transform=lambda x: x):
@@ -139,7 +130,6 @@ class GroupNorm(nn.GroupNorm):
 
 # ---- EDM: layers and block of DDPM++, NCSN++ and ADM
 
-
 def initialise(layer, config, gain=1.0):
     """Set start values: Xavier uniform times `gain`, zero bias; in ADM PyTorch's own or zero."""
     if config.architecture != "adm":
@@ -151,39 +141,23 @@ def initialise(layer, config, gain=1.0):
     return layer
 
 
-class Resample(nn.Module):
-    """Change of resolution without weights. The filter is in published checkpoints."""
-
-    def __init__(self, mode):
-        super().__init__()
-        self.mode = mode
-        self.register_buffer("resample_filter", None if mode == "keep" else filter_2d((1, 1)))
-
-    def forward(self, x):
-        return resample(x, self.mode, self.resample_filter)
-
-
 class Conv2d(nn.Conv2d):
     """Change of resolution ("keep": none), then a convolution that keeps the size."""
 
     def __init__(self, config, cin, cout, kernel, mode="keep", gain=1.0):
         super().__init__(cin, cout, kernel, padding=kernel // 2)
         initialise(self, config, gain)
-        self.mode = mode
-        taps = (1, 3, 3, 1) if config.architecture == "ncsnpp" else (1, 1)
-        self.register_buffer("resample_filter", None if mode == "keep" else filter_2d(taps))
+        self.mode, self.smooth = mode, config.architecture == "ncsnpp"
 
     def forward(self, x):
-        return super().forward(resample(x, self.mode, self.resample_filter))
+        return super().forward(resample(x, self.mode, self.smooth))
 
 
 class FusedDownConv2d(Conv2d):
     """3x3 convolution, then down-sampling (NCSN++). The padding of both comes first."""
 
     def forward(self, x):
-        x = F.conv2d(x, self.weight, padding=2)
-        kernel = self.resample_filter.expand(x.shape[1], 1, -1, -1)
-        x = F.conv2d(x, kernel, stride=2, groups=x.shape[1])
+        x = resample(F.conv2d(x, self.weight, padding=2), "down", smooth=True, padding=0)
         return x + self.bias.to(x.dtype)[:, None, None]
 
 
@@ -221,7 +195,8 @@ class EDMBlock(nn.Module):
         self.norm1 = GroupNorm(cout, eps)
         self.conv1 = Conv2d(config, cout, cout, 3, gain=1e-5)
         project = cin != cout or (mode != "keep" and not self.adm)
-        self.skip = Conv2d(config, cin, cout, 1, mode) if project else Resample(mode)
+        plain = functools.partial(resample, mode=mode)
+        self.skip = Conv2d(config, cin, cout, 1, mode) if project else plain
         self.heads = (cout // 64 if self.adm else 1) if attend else 0
         if self.heads:  # ADM has none below 64 channels
             self.norm2 = GroupNorm(cout, eps)
@@ -246,7 +221,6 @@ class EDMBlock(nn.Module):
 
 
 # ---- EDM2: layers and block, magnitude-preserving ("mp")
-
 
 def mp_normalize(x, dims=None):
     """Scale x to unit root mean square over `dims` (default: all but the first)."""
@@ -342,7 +316,6 @@ def normalize_weights(net):
 
 # ---- The U-Net
 
-
 class UNet(nn.Module):
     """F(c_in x, c_noise, labels) of the preconditioned denoiser, or only its encoder.
 
@@ -391,7 +364,7 @@ class UNet(nn.Module):
                 self.enc[f"{res}_down"] = block(channels, channels, mode="down")
                 skips.append(channels)
             if level > 0 and ncsnpp:
-                self.enc[f"{res}_aux_residual"] = FusedDownConv2d(config, aux, channels, 3, "down")
+                self.enc[f"{res}_aux_residual"] = FusedDownConv2d(config, aux, channels, 3)
                 aux = channels
             for i in range(config.num_blocks):
                 self.enc[f"{res}_block{i}"] = block(channels, width, attend=attend)
@@ -419,12 +392,8 @@ class UNet(nn.Module):
             self.out_conv = MPConv(channels, image, 3)
             self.out_gain = nn.Parameter(torch.zeros([]))
             return
-        norm = GroupNorm(channels, 1e-5 if adm else 1e-6)
-        conv = Conv2d(config, channels, image, 3, gain=1e-5)
-        if adm:
-            self.out_norm, self.out_conv = norm, conv
-        else:  # the names in published checkpoints
-            self.dec[f"{res}_aux_norm"], self.dec[f"{res}_aux_conv"] = norm, conv
+        self.out_norm = GroupNorm(channels, 1e-5 if adm else 1e-6)
+        self.out_conv = Conv2d(config, channels, image, 3, gain=1e-5)
 
     def embed(self, c_noise, labels):
         """c_noise [N], labels [N] or None (no class: a zero vector) -> embedding [N, width]."""
@@ -468,12 +437,10 @@ class UNet(nn.Module):
             if "_block" in name:
                 skip = skips.pop()
                 x = mp_cat(x, skip) if self.edm2 else torch.cat([x, skip], dim=1)
-            if "_aux_" not in name:  # these are the last layers
-                x = block(x, emb)
+            x = block(x, emb)
         if self.edm2:
             return self.out_conv(x, gain=self.out_gain)
-        norm, conv = (self.out_norm, self.out_conv) if self.adm else [*self.dec.values()][-2:]
-        return conv(F.silu(norm(x)))
+        return self.out_conv(F.silu(self.out_norm(x)))
 
     def features(self, x, sigma, labels=None):
         """The encoder's last output for x at noise level sigma, [N, C', H', W']."""
@@ -485,30 +452,23 @@ class UNet(nn.Module):
 
 # ---- The two networks of the method
 
-
 class Denoiser(nn.Module):
     """The preconditioned denoiser D(x; sigma) of EDM (Equation 7); at fixed sigma a generator."""
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        if config.architecture == "edm2":  # attributes have the names of published checkpoints
-            self.unet = UNet(config)
+        self.config, self.about = config, {}
+        self.unet = UNet(config)
+        if config.architecture == "edm2":
             self.logvar_fourier = MPFourier(128)
             self.logvar_linear = MPConv(128, 1, 0)
-        else:
-            self.model = UNet(config)
-
-    @property
-    def backbone(self):
-        return self.unet if self.config.architecture == "edm2" else self.model
 
     def forward(self, x, sigma, labels=None):
         """Noised images x [N, C, H, W], sigma [N], labels [N] or None -> denoised, as x."""
         x = x.float().contiguous()  # the weights decide the memory format, not the images
         c_skip, c_out, c_in, c_noise = preconditioning(
             self.config.preconditioning, sigma.float()[:, None, None, None], self.config.sigma_data)
-        return c_skip * x + c_out * self.backbone(c_in * x, c_noise.flatten(), labels).float()
+        return c_skip * x + c_out * self.unet(c_in * x, c_noise.flatten(), labels).float()
 
     def logvar(self, sigma):
         """EDM2's learned log variance u(sigma) of the denoising error, [N]; EDM2, Equation 21."""
@@ -526,7 +486,7 @@ class RatioNetwork(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.about = config, {}
         self.encoder = UNet(config, decoder=False)
         channels = config.model_channels * config.channel_mult[-1]
         self.norm = GroupNorm(channels, 1e-5)
@@ -541,17 +501,13 @@ class RatioNetwork(nn.Module):
 
     def load_encoder(self, denoiser):
         """Start the encoder from the weights of a pre-trained `Denoiser`."""
-        mine, theirs = self.encoder.state_dict(), denoiser.backbone.state_dict()
-        self.encoder.load_state_dict({k: v for k, v in theirs.items() if k in mine})
+        self.encoder.load_state_dict(denoiser.unet.state_dict(), strict=False)  # no decoder
 
 
 # ---- Placing, averaging, counting
 
-
 def memory_format(config, device_type, compiled=False):
-    """Channels-last is faster, except with GroupNorm on GPUs, whose kernel takes only NCHW; the
-    compiler writes its own.
-    """
+    """The faster one: the GPU's GroupNorm, unless the compiler writes its own, takes only NCHW."""
     channels_last = compiled or device_type == "cpu" or config.architecture == "edm2"
     return torch.channels_last if channels_last else torch.contiguous_format
 

@@ -84,17 +84,6 @@ def learning_rate(args, nimg):
     return lr
 
 
-def network_config(args, dataset):
-    """The configuration --network, with the resolution, channels and classes of the data."""
-    if args.cond:
-        dataset.require_labels()
-    config = networks.NETWORKS[args.network]
-    return dataclasses.replace(
-        config, img_resolution=dataset.resolution, img_channels=dataset.channels,
-        label_dim=dataset.label_dim if args.cond else 0,
-        dropout=config.dropout if args.dropout is None else args.dropout)
-
-
 def load_init(args, dataset):
     """Stage 2: the `Denoiser` that --init names, checked against the data."""
     args.init = args.init or f"runs/{args.preset}/pretrain/network.pt"
@@ -103,11 +92,12 @@ def load_init(args, dataset):
                         "first, or give --init a network of stage 1 or a published checkpoint")
     net = checkpoints.load_network(args.init, role="denoiser")
     config = net.config
+    wanted, fewest = (config.img_resolution, config.img_channels, config.label_dim), 1
     if config.label_dim and (dataset.labels is None or dataset.label_dim > config.label_dim):
-        dataset.require_labels()  # numbers the classes as stage 1 did
-    wanted = (config.img_resolution, config.img_channels, config.label_dim)
+        dataset.require_labels()  # numbers the classes as stage 1 did, if the same have images
+        fewest = config.label_dim
     found = (dataset.resolution, dataset.channels, dataset.label_dim)
-    if wanted[:2] != found[:2] or (wanted[2] and not 0 < found[2] <= wanted[2]):
+    if wanted[:2] != found[:2] or (wanted[2] and not fewest <= found[2] <= wanted[2]):
         raise UserError(f"{args.init} has (resolution, channels, classes) {wanted}, but "
                         f"{dataset.name} has {found}; choose the data of stage 1")
     return net
@@ -115,28 +105,30 @@ def load_init(args, dataset):
 
 def main():
     args = training.arguments(__doc__, SETTINGS, PRESETS, "runs/{preset}/pretrain")
-    rt = training.start(args.device, args.precision, batch=args.batch, micro_batch=args.micro_batch)
+    rt = training.Runtime(args.device, args.precision, args.batch, args.micro_batch)
 
     # Data and networks. The same seed on every rank: all start from the same weights.
     dataset = rt.main_first(lambda: data.load(args.data, resolution=args.resolution))
+    if args.cond:
+        dataset.require_labels()
+    config = networks.NETWORKS[args.network]
+    config = dataclasses.replace(
+        config, img_resolution=dataset.resolution, img_channels=dataset.channels,
+        label_dim=dataset.label_dim if args.cond else 0,
+        dropout=config.dropout if args.dropout is None else args.dropout)
     torch.manual_seed(args.seed)
-    net = networks.Denoiser(network_config(args, dataset)).train()
-    networks.place(net, rt.device, args.compile)
+    net = networks.place(networks.Denoiser(config), rt.device, args.compile)
     optimizer = training.Optimizer(net, rt, (0.9, args.beta2))
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     ema.about = dict(role="denoiser", data=args.data,
                      class_frequencies=dataset.class_frequencies(net.config.label_dim))
     run = training.Run(args, rt, "stage 1", dataset, net=net, ema=ema, optimizer=optimizer)
-    run.print_start(net.config.architecture, dataset, net)
-    batches = data.Batches(dataset, rt, args.seed, run.nimg)
-
-    def write_network():
-        checkpoints.save_network(run.dir / "network.pt", ema, nimg=run.nimg, **ema.about)
+    batches = data.batches(dataset, rt, args.seed, run.nimg, args.xflip)
 
     while run.unfinished():
         # A batch, its noise levels and its noise; one step of the denoiser.
         rt.seed(args.seed, run.nimg, "pretrain")
-        x, labels = batches.training_batch(args.xflip)
+        x, labels = next(batches)
         sigma, eps = (rt.randn() * args.p_std + args.p_mean).exp(), rt.randn(*x.shape[1:])
         (loss,) = optimizer.step(
             learning_rate(args, run.nimg + args.batch), lambda *part: [denoising_loss(net, *part)],
@@ -153,7 +145,7 @@ def main():
         if run.due(args.grid_kimg):
             sample.preview(ema, run, args.seed)
         if run.due(args.save_kimg) or run.stopping:
-            run.save(write_network)
+            run.save(lambda: checkpoints.save_network(run.dir / "network.pt", ema, nimg=run.nimg))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ samples.npz`: array `arr_0`, uint8, N x H x W x C, the format of the ADM evaluat
     python sample.py                                       64 digits, from the weights in assets/
     python sample.py --network runs/digits/dijs/network.pt --n 100 --out digits.png
     python sample.py --network runs/digits/pretrain/network.pt --one-step 2.5 --out before.png
-    python sample.py --network runs/cifar10/dijs/network.pt --n 50000 --out samples.npz
     python sample.py --network edm-imagenet-64x64-cond-adm.pkl --n 64 --class 207 --out dogs.png
     python sample.py --ratio assets/digits-ratio.pt --candidates 4 --out chosen.png
 """
 
 import machinery  # before PyTorch: how its threads wait
-import hashlib
 import math
 from pathlib import Path
 
@@ -34,16 +32,10 @@ def karras_sigma(u):
     return (low + u * (high - low)) ** 7.0
 
 
-def sigma_steps(steps):
-    """Noise levels of the sampler, from 80 to 0.002, then 0: [steps + 1] float64."""
-    sigmas = karras_sigma(torch.linspace(1, 0, steps, dtype=torch.float64))
-    return torch.cat([sigmas, sigmas.new_zeros(1)])
-
-
 @torch.no_grad()
 def heun(net, z, labels=None, steps=18):
     """Heun's method for the probability flow ODE: z [N, C, H, W] -> images; EDM, Algorithm 1."""
-    sigmas = sigma_steps(steps).tolist()
+    sigmas = [*karras_sigma(torch.linspace(1, 0, steps, dtype=torch.float64)).tolist(), 0.0]
     x = z.double() * sigmas[0]  # float64, as in EDM
 
     def slope(x, sigma):  # dx/dsigma of the probability flow
@@ -76,8 +68,7 @@ def random_state(*key):
 
     PyTorch's CPU generator takes 32 bits of a seed: two of 50,000 images may share their noise.
     """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return np.random.RandomState(np.random.Philox(key=int.from_bytes(digest[:16], "big")))
+    return np.random.RandomState(np.random.Philox(key=training.seed_of(*key, bits=128)))
 
 
 def inputs(net, indices, seed, device, label=None, candidate=0):
@@ -101,13 +92,6 @@ def inputs(net, indices, seed, device, label=None, candidate=0):
         seen = counts.nonzero()[0]
         labels = [seen[i % len(seen)] if label == "each" else label for i in indices]
     return z, torch.tensor(np.array(labels, np.int64), device=device)
-
-
-def in_batches(net, indices, seed, device, batch, label=None, steps=18):
-    """Iterate over (images [n, C, H, W], labels [n] or None) of the samples with these indices."""
-    for i in range(0, len(indices), batch):
-        z, labels = inputs(net, indices[i : i + batch], seed, device, label)
-        yield generate(net, z, labels, steps), labels
 
 
 def pick(h, indices, seed):
@@ -158,9 +142,11 @@ def latent_decoder(device, vae=VAE):
     with files.reading(vae, "a decoder that can be loaded", "give its folder with --vae"):
         model = AutoencoderKL.from_pretrained(vae, use_safetensors=True).to(device).eval()
 
+    centre, scale = data.LATENTS.to(device)
+
     @torch.no_grad()
     def decode(x):  # eight at a time: 64 images of 512x512 need over 50 GB in float32
-        parts = [model.decode(part).sample for part in data.denormalise_latents(x).split(8)]
+        parts = [model.decode(part).sample for part in (x / 0.5 * scale + centre).split(8)]
         # EDM2 fed the VAE pixels in [0, 1], not [-1, 1], and truncates.
         pixels = (torch.cat(parts).clamp(0, 1) * 255).to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).cpu().numpy()
@@ -203,7 +189,7 @@ def main():
         raise UserError(f"--out {args.out}: end it in .png or .npz, or name a folder")
     if (args.candidates > 1) != bool(args.ratio):
         raise UserError("--candidates and --ratio go together: give a ratio.pt and K > 1")
-    rt = training.start(args.device, args.precision, alone=True)
+    rt = training.Runtime(args.device, args.precision, alone=True)
     net = checkpoints.load_network(args.network, role="denoiser" if args.one_step else None)
     role, classes = net.about["role"], net.config.label_dim
     if role == "ratio":
@@ -222,16 +208,18 @@ def main():
     how = "one step" if role == "generator" else f"Heun, {args.steps} steps"
     print(f"{args.network}: {how}, {args.n} images")
 
-    common, sizes = (args.seed, rt.device), []  # sizes: effective sample sizes of the choices
-    if ratio:
-        drawn = (choose(net, ratio, part.tolist(), *common, args.candidates, args.ratio_sigma,
-                        label) for part in torch.arange(args.n).split(args.batch))
-    else:
-        drawn = in_batches(net, range(args.n), *common, args.batch, label, args.steps)
+    sizes = []  # effective sample sizes of the choices
 
     def batches():
-        for x, labels, *size in drawn:
-            sizes.extend(size)
+        for start in range(0, args.n, args.batch):
+            common = range(args.n)[start : start + args.batch], args.seed, rt.device
+            if ratio:
+                x, labels, size = choose(
+                    net, ratio, *common, args.candidates, args.ratio_sigma, label)
+                sizes.append(size)
+            else:
+                z, labels = inputs(net, *common, label)
+                x = generate(net, z, labels, args.steps)
             yield decode(x), labels if labels is None else labels.tolist()
 
     with rt.autocast():

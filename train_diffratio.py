@@ -50,9 +50,8 @@ def noise_levels(args, rt):
     return (rt.randn() * args.p_std + args.p_mean).exp()  # ln sigma normal, as EDM (Table 1)
 
 
-# Weight of the generator's loss at each noise level. Unweighted it follows grad h, which is
-# (D_p - D_q) / sigma^2, so small noise decides. SiD and DMD divide D_p - D_q by the denoising error
-# |x - D_p|. Here EDM's c_out (Table 1, sigma_data = 0.5), the expected error, stands in for it.
+# Weight of the generator's loss at each noise level. Unweighted, small noise decides. "edm" stands
+# in for the weight of SiD and DMD (docs/large-scale.md).
 NOISE_WEIGHTS = {
     "none": lambda sigma: torch.ones_like(sigma),
     "sigma": lambda sigma: sigma,
@@ -110,12 +109,9 @@ SETTINGS = dict(
     ratio_init=("pretrained", "start of the ratio network", ["pretrained", "random"]),
     xflip=(False, "mirror half of the images"),
 )
-# The paper gives t_init, beta1, ratio_steps and the divergences; all else is our choice. Noise
-# levels are those of stage 1 (docs/fashion-mnist.md, short runs); on the digits smaller ones make
-# stage 2 shorter (docs/reproducibility.md). For the large systems the rest follows related methods
-# and was not run at length (docs/large-scale.md).
-# With one ratio step at 28x28 the ratio network falls behind the generator (docs/method.md,
-# section 7). So the small presets take two.
+# The paper gives t_init, beta1, ratio_steps and the divergences; all else is our choice. Reasons:
+# docs/method.md, section 7; for the large systems docs/large-scale.md. SMALL takes two
+# ratio steps: with one the ratio network falls behind the generator at 28x28.
 SMALL = dict(batch=64, lr=1e-4, ratio_lr=3e-4, ratio_steps=2, lr_decay_kimg=None,
              ema_halflife_kimg=20.0, log_kimg=4.0, grid_kimg=32.0, save_kimg=16.0)
 PRESETS = {
@@ -137,14 +133,10 @@ PRESETS = {
 }
 
 
-def arguments():
-    outdir = "runs/{preset}/{divergence}"
-    return training.arguments(__doc__, SETTINGS | fid.SETTINGS, PRESETS, outdir)
-
-
 def main():
-    args = arguments()
-    rt = training.start(args.device, args.precision, batch=args.batch, micro_batch=args.micro_batch)
+    settings = SETTINGS | fid.SETTINGS
+    args = training.arguments(__doc__, settings, PRESETS, "runs/{preset}/{divergence}")
+    rt = training.Runtime(args.device, args.precision, args.batch, args.micro_batch)
 
     # Data, generator, ratio network. Dropout is off: the generator is a function of z.
     dataset = rt.main_first(lambda: data.load(args.data, resolution=args.resolution))
@@ -157,17 +149,17 @@ def main():
         ratio.load_encoder(init)
     del init  # no teacher is kept
     for net in (generator, ratio):
-        networks.place(net, rt.device, args.compile).train()
+        networks.place(net, rt.device, args.compile)
     # beta1 = 0: momentum would follow the gradients of earlier ratio networks.
     generator_optimizer = training.Optimizer(generator, rt, (args.beta1, args.beta2))
     ratio_optimizer = training.Optimizer(ratio, rt, (args.beta1, args.beta2))
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
     ema.about = dict(role="generator", t_init=args.t_init, divergence=args.divergence,
-                     data=args.data, class_frequencies=dataset.class_frequencies(config.label_dim))
+                     data=args.data, seed=args.seed,
+                     class_frequencies=dataset.class_frequencies(config.label_dim))
     run = training.Run(args, rt, "stage 2", dataset, generator=generator, ratio=ratio, ema=ema,
                        generator_optimizer=generator_optimizer, ratio_optimizer=ratio_optimizer)
-    run.print_start(args.divergence, dataset, generator, ratio)
-    batches = data.Batches(dataset, rt, args.seed, run.nimg * args.ratio_steps)
+    batches = data.batches(dataset, rt, args.seed, run.nimg * args.ratio_steps, args.xflip)
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
     G = functools.partial(sample.one_step, generator, t_init=args.t_init)  # G(z, labels)
 
@@ -178,9 +170,9 @@ def main():
         return [weight * generator_loss(ratio, fake, sigma, eps, args.divergence, labels)]
 
     def write_networks(suffix="", **about):
-        about = {**ema.about, "seed": args.seed, "nimg": run.nimg, **about}
+        about = ema.about | about | {"nimg": run.nimg}
         checkpoints.save_network(run.dir / f"network{suffix}.pt", ema, **about)
-        checkpoints.save_network(run.dir / f"ratio{suffix}.pt", ratio, **{**about, "role": "ratio"})
+        checkpoints.save_network(run.dir / f"ratio{suffix}.pt", ratio, **about | {"role": "ratio"})
 
     measure_fid = fid.training_fid(args, dataset, run, ema, write_networks)
     while run.unfinished():
@@ -190,7 +182,7 @@ def main():
         ratio.requires_grad_(True)
         for k in range(args.ratio_steps):
             rt.seed(args.seed, run.nimg, k, "stage 2")  # decides all that is drawn until the next
-            real, labels = batches.training_batch(args.xflip)
+            real, labels = next(batches)
             labels = labels if config.label_dim else None  # samples have the classes of the data
             z, sigma = rt.randn(*shape), noise_levels(args, rt)
             fake = rt.in_parts(G, z, labels, graph=k == args.ratio_steps - 1)  # step 2 needs it

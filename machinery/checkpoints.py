@@ -12,9 +12,9 @@ NETWORK_KIND = "diffratio network"
 
 
 def save_network(path, net, dtype=torch.float32, **about):
-    """Write a `Denoiser` or `RatioNetwork` and plain values about it (role, t_init, nimg, ...)."""
+    """Write a `Denoiser` or `RatioNetwork`, `net.about` and `about` (nimg, ...)."""
     state = {k: v.detach().to("cpu", dtype) for k, v in net.state_dict().items()}
-    config = dataclasses.asdict(net.config)
+    config, about = dataclasses.asdict(net.config), net.about | about
     save_checkpoint({"kind": NETWORK_KIND, "config": config, "about": about, "state": state}, path)
 
 
@@ -40,6 +40,9 @@ def load_network(path, role=None):
         if about["role"] not in ([role] if role else ["denoiser", "generator", "ratio"]):
             raise UserError(f"holds a {about['role']}, but a {role or 'network'} is needed here; "
                             "give another file")
+        # Names of EDM's checkpoints that differ here. Their filters are constants.
+        state = {re.sub(r"^model\.", "unet.", re.sub(r"dec\.\d+x\d+_aux_", "out_", k)): v
+                 for k, v in state.items() if not k.endswith("resample_filter")}
         if config.num_blocks * len(config.channel_mult) > len(state):  # no huge network is built
             raise UserError(f"only {len(state)} tensors, too few for the network; get it again")
         with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
@@ -100,7 +103,8 @@ def _published(data):
     config, fixed = _UNETS[unet], _FIXED
     if unet == "SongUNet" and kwargs.get("embedding_type") == "fourier":
         config, fixed = dataclasses.replace(config, architecture="ncsnpp"), _FIXED | _NCSNPP
-    sizes = {k: v for k, v in kwargs.items() if k in vars(config)}
+    sizes = {k: tuple(v) if isinstance(v, list) else v
+             for k, v in kwargs.items() if k in vars(config)}
     for key in kwargs.keys() - sizes.keys() - _IGNORED:
         if kwargs[key] not in (None, fixed.get(key)):
             raise UserError(f"{key}={kwargs[key]!r} is not implemented; "

@@ -5,6 +5,7 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import posixpath
@@ -53,8 +54,9 @@ class Dataset:
 
     def __init__(self, name, images, labels=None, classes=None, label_error=None):
         if labels is not None:
-            if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
-                raise UserError(f"labels {labels.dtype} {list(labels.shape)} do not match "
+            fit = labels.shape == (len(images),) and labels.dtype.kind in "iu"
+            if not fit or labels.min() < 0 or labels.max() >= 2**31:
+                raise UserError(f"labels {labels.dtype} {list(labels.shape)} do not fit "
                                 f"{len(images)} images; give each an integer from 0 on")
             labels = labels.astype(np.int64)
         self.name, self.images, self.labels = name, _check(images), labels
@@ -104,22 +106,19 @@ class Dataset:
         labels = None if self.labels is None else torch.from_numpy(self.labels[indices])
         return torch.from_numpy(self.images[indices]), labels
 
-    def to_model(self, raw, device, flip=None, eps=None):
+    def to_model(self, raw, device, eps=None):
         """What a network sees of a raw batch: float32 [n, C, H, W] on `device`.
 
-        Images in [-1, 1], mirrored where `flip` (bool [n]) is true, or latents mean + std * eps
-        with standard normal `eps` [n, 4, h, w] (None: the mean), normalised.
+        Images in [-1, 1], or latents mean + std * eps with standard normal `eps` [n, 4, h, w]
+        (None: the mean), of standard deviation 0.5 per channel.
         """
         raw = raw.to(device, non_blocking=True)  # images travel as bytes
-        if self.is_latent and flip is not None:
-            raise UserError(f"{self.name}: latents cannot be flipped; leave out the flips")
-        if self.is_latent:
-            mean, std = raw.chunk(2, dim=1)
-            return normalise_latents(mean if eps is None else mean + std * eps.to(device))
-        x = raw.permute(0, 3, 1, 2)  # channels-last, without a copy
-        if flip is not None:
-            x = torch.where(flip.to(device).view(-1, 1, 1, 1), x.flip(3), x)
-        return x.to(torch.float32) / 127.5 - 1
+        if not self.is_latent:
+            return raw.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1  # channels-last
+        mean, std = raw.chunk(2, dim=1)
+        latents = mean if eps is None else mean + std * eps.to(device)
+        centre, scale = LATENTS.to(device, non_blocking=True)
+        return (latents - centre) / scale * 0.5
 
 
 def to_uint8(x):
@@ -128,59 +127,39 @@ def to_uint8(x):
     return x.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def normalise_latents(latents):
-    """VAE latents [n, 4, h, w] -> what a network sees, of standard deviation 0.5 per channel."""
-    mean, std = LATENTS.to(latents.device, non_blocking=True)
-    return (latents - mean) / std * 0.5
+def batches(dataset, rt, seed, start=0, xflip=False):
+    """Iterate without end over (x float32 [n, C, H, W], labels int64 [n] or None) of this rank.
 
-
-def denormalise_latents(x):
-    """The inverse of `normalise_latents`."""
-    mean, std = LATENTS.to(x.device, non_blocking=True)
-    return x / 0.5 * std + mean
-
-
-class Batches:
-    """Infinite iterator over this rank's (raw, labels); a thread prepares one batch ahead.
-
-    Image n of a run is element n % N of a permutation that depends on (seed, n // N) alone.
+    Image n of a run is element n % N of a permutation that depends on (seed, n // N) alone. `rt`
+    draws flips and the noise of latents when a batch is asked for.
     """
+    if xflip and dataset.is_latent:
+        raise UserError(f"{dataset.name}: latents cannot be flipped; leave out --xflip")
 
-    def __init__(self, dataset, rt, seed, start=0):
-        self.dataset, self.rt, self.seed, self.position = dataset, rt, seed, start
-        self.order = functools.lru_cache(2)(self._order)
-        self.thread = ThreadPoolExecutor(1)
-        self.future = self.thread.submit(self._prepare, start)
+    @functools.lru_cache(2)
+    def order(epoch):
+        generator = rng("cpu", seed, "data", epoch)
+        return torch.randperm(len(dataset), generator=generator).numpy()
 
-    def __next__(self):
-        batch, self.position = self.future.result(), self.position + self.rt.batch
-        self.future = self.thread.submit(self._prepare, self.position)
-        return batch
-
-    def training_batch(self, xflip):
-        """(x float32 [n, C, H, W], labels int64 [n] or None); `rt` draws flips and noise."""
-        raw, labels = next(self)
-        rt, dataset = self.rt, self.dataset
-        flip = rt.rand() < 0.5 if xflip else None
-        eps = rt.randn(dataset.channels, *raw.shape[2:]) if dataset.is_latent else None
-        x = dataset.to_model(raw, rt.device, flip, eps)
-        return x, None if labels is None else labels.to(rt.device, non_blocking=True)
-
-    def _order(self, epoch):
-        generator = rng("cpu", self.seed, "data", epoch)
-        return torch.randperm(len(self.dataset), generator=generator).numpy()
-
-    def _prepare(self, position):
-        position += self.rt.rank * self.rt.share
-        places = [divmod(i, len(self.dataset)) for i in range(position, position + self.rt.share)]
-        raw, labels = self.dataset.batch([self.order(epoch)[i] for epoch, i in places])
-        if self.rt.device.type == "cuda":  # copies from pinned memory overlap with computing
+    def read(position):
+        places = [divmod(i, len(dataset)) for i in range(position, position + rt.share)]
+        raw, labels = dataset.batch([order(epoch)[i] for epoch, i in places])
+        if rt.device.type == "cuda":  # copies from pinned memory overlap with computing
             raw, labels = raw.pin_memory(), None if labels is None else labels.pin_memory()
         return raw, labels
 
+    thread, start = ThreadPoolExecutor(1), start + rt.rank * rt.share
+    future = thread.submit(read, start)
+    for position in itertools.count(start + rt.batch, rt.batch):
+        (raw, labels), future = future.result(), thread.submit(read, position)  # one batch ahead
+        eps = rt.randn(dataset.channels, *raw.shape[2:]) if dataset.is_latent else None
+        x = dataset.to_model(raw, rt.device, eps)
+        if xflip:
+            x = torch.where((rt.rand() < 0.5).view(-1, 1, 1, 1), x.flip(3), x)
+        yield x, None if labels is None else labels.to(rt.device, non_blocking=True)
+
 
 # ---- Reading: images, and a function that returns (labels, names of classes)
-
 
 def load(spec, cache=None, resolution=None):
     """The `Dataset` that `spec` names; raises `UserError`.
@@ -435,7 +414,6 @@ def _read_labels(names, files, read):
 
 
 # ---- Writing
-
 
 def save_grid(images, path, columns, scale=1, padding=2):
     """Write images (uint8 [N, H, W, C]), enlarged `scale` times, row by row as one PNG."""

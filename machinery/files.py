@@ -93,8 +93,7 @@ def lock(path, what):
                         "or choose another folder") from None
     except (ImportError, OSError):
         return None
-    for part in path.parent.glob(".*.part"):  # what killed processes left half-written
-        shutil.rmtree(part, ignore_errors=True)
+    for part in path.parent.glob(".*.pt.*.part"):  # what killed processes left half-written
         part.unlink(missing_ok=True)
     file.truncate(0)
     print(os.getpid(), "on", socket.gethostname(), end="", file=file, flush=True)

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import hashlib
 import json
@@ -82,7 +81,8 @@ def _place():
 def _end(message, code=2, patience=1):
     """Print `message` and end this process. Only one rank prints; no rank waits for another.
 
-    The first rank prints at once; torchrun ends the others within `patience` seconds.
+    The first rank prints at once, unless another may have a better message (patience 2). torchrun
+    ends the others within `patience` seconds.
     """
     rank, world_size = _place()
     if world_size > 1:
@@ -100,10 +100,9 @@ def _end(message, code=2, patience=1):
 
 # ---- Device, ranks, precision, randomness
 
-
-def seed_of(*key):
-    """A 63-bit seed from integers and strings, the same everywhere; CPUs use 32 of its bits."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+def seed_of(*key, bits=63):
+    """A seed from integers and strings, the same everywhere; PyTorch's CPU uses 32 bits of it."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest(), "big") >> (256 - bits)
 
 
 def rng(device, *key):
@@ -111,26 +110,45 @@ def rng(device, *key):
     return torch.Generator(device).manual_seed(seed_of(*key))
 
 
-@dataclasses.dataclass
 class Runtime:
-    """Where this process computes: device, place among the ranks, precision, share of a batch."""
+    """Where this process computes: device, place among the ranks, precision, share of a batch.
 
-    device: torch.device
-    rank: int = 0
-    world_size: int = 1
-    precision: str = "fp32"
-    local_rank: int = 0  # place among the ranks of this machine
-    batch: int = 1  # global: images of a training step
-    micro_batch: int = None  # images on the device at once; default: this rank's share
+    batch: images of a training step, of all ranks; micro_batch: images on the device at once, by
+    default the `share` of this rank. alone: for scripts with one rank only.
+    """
 
-    def __post_init__(self):
+    def __init__(self, device="auto", precision="fp32", batch=None, micro_batch=None, alone=False):
+        self.rank, self.world_size = _place()
         self.is_main = self.rank == 0
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))  # of this machine
+        if alone and self.world_size > 1:
+            raise UserError("this script runs on one rank; start it with python, without torchrun")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda":
+            if self.local_rank >= (count := torch.cuda.device_count()):
+                raise UserError(f"this PyTorch sees {count} CUDA devices; lower --nproc-per-node "
+                                "or use --device cpu")
+            torch.cuda.set_device(self.local_rank)
+            torch.backends.cudnn.benchmark = True
+            torch.backends.cudnn.allow_tf32 = False
+        if precision == "auto":
+            bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            precision = "fp32" if device == "cpu" else "bf16" if bf16 else "fp16"
+        if precision == "fp16" and device == "cpu":
+            raise UserError("--precision fp16 is for GPUs; on the CPU use --precision bf16 or fp32")
+        self.device = torch.device(device, self.local_rank if device == "cuda" else None)
+        self.precision, self.batch = precision, batch or self.world_size
         self.share, rest = divmod(self.batch, self.world_size)
         if rest:
             raise UserError(f"--batch must be a multiple of the number of ranks, {self.world_size}")
-        self.micro_batch = min(self.micro_batch or self.share, self.share)
+        self.micro_batch = min(micro_batch or self.share, self.share)
         if self.share % self.micro_batch:
             raise UserError(f"--micro-batch must divide the {self.share} images of each rank")
+        if self.world_size > 1 and not dist.is_initialized():
+            # The limit is for connections that hang. Converting a data set must take less.
+            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=24))
 
     def autocast(self):
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
@@ -191,35 +209,6 @@ class Runtime:
         return value if ahead else make()
 
 
-def start(device="auto", precision="fp32", alone=False, batch=None, micro_batch=None):
-    """Join the ranks that torchrun started; a `Runtime`. alone: for scripts with one rank only."""
-    rank, world_size = _place()
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    if alone and world_size > 1:
-        raise UserError("this script runs on one rank; start it with python, without torchrun")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        if local_rank >= (count := torch.cuda.device_count()):
-            raise UserError(f"this PyTorch sees {count} CUDA devices; lower --nproc-per-node or "
-                            "use --device cpu")
-        torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False
-    if precision == "auto":
-        bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "fp32" if device == "cpu" else "bf16" if bf16 else "fp16"
-    if precision == "fp16" and device == "cpu":
-        raise UserError("--precision fp16 is for GPUs; on the CPU use --precision bf16 or fp32")
-    if world_size > 1:
-        # The limit is for connections that hang. Converting a data set must take less.
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=24))
-    place = torch.device(device, local_rank if device == "cuda" else None)
-    batch = batch or world_size
-    return Runtime(place, rank, world_size, precision, local_rank, batch, micro_batch)
-
-
 class Optimizer:
     """Adam (arXiv 1412.6980) for one network, with micro-batches, ranks and fp16 loss scaling."""
 
@@ -267,9 +256,8 @@ class Optimizer:
 
 # ---- Command line
 
-
 class Parser(argparse.ArgumentParser):
-    """settings: {flag: (default, help[, type or choices])}; without the third, numbers above 0."""
+    """settings: {flag: (default, help[, type or choices])}; int and float are numbers above 0."""
 
     def __init__(self, doc, settings={}):
         plain = argparse.RawDescriptionHelpFormatter
@@ -315,8 +303,8 @@ SHARED_SETTINGS = dict(
     resolution=(None, "crop the centre of images and resize it to N x N", int),
     outdir=(None, "folder of the run, which continues there if it is unfinished "
             "(default: runs/PRESET/pretrain or runs/PRESET/DIVERGENCE)", str),
-    kimg=(None, "length of the run in thousands of images; a larger one continues a finished run, "
-          "and a learning rate that had fallen rises again", float),
+    kimg=(None, "length in thousands of images; a larger one continues a finished run, and a "
+          "learning rate that had fallen rises again", float),
     batch=(None, "images per step, over all ranks", int),
     micro_batch=(None, "images at once on each rank (default: all of its share); changes the "
                  "memory only, up to rounding and dropout", int),
@@ -349,11 +337,11 @@ def arguments(doc, settings, presets, outdir=""):
 
 # ---- A training run
 
-FREE_FLAGS = {  # may change on resumption; only kimg affects the weights, by the rates' decay
+FREE_FLAGS = {  # may change on resumption; but for rounding, only kimg affects the weights
     "preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg",
     "save_kimg", "fid_every", "fid_images", "fid_reference", "fid_features", "inception",
 }
-FORMAT = 6  # of checkpoint.pt
+FORMAT = 7  # of checkpoint.pt
 
 
 class Run:
@@ -366,6 +354,7 @@ class Run:
 
     def __init__(self, args, rt, stage, dataset, **parts):
         self.dir, self.rt, self.stage, self.parts = Path(args.outdir), rt, stage, parts
+        self.kind = f"training state of {stage}, version {FORMAT}"
         self.settings = {k: v for k, v in vars(args).items() if k not in {*FREE_FLAGS, "data"}}
         described = dataset.describe(parts["ema"].config.label_dim > 0)
         self.settings |= {"precision": rt.precision, "data": described}  # data last
@@ -389,22 +378,18 @@ class Run:
             rt.print(f"continuing {self.dir} at {self.nimg / 1000:g} kimg")
         self.log = self._open_log() if rt.is_main else []
         self.last = time.monotonic(), self.nimg
-
-    def print_start(self, what, dataset, *nets):
-        rt, sizes = self.rt, [f"{networks.parameter_count(net) / 1e6:.2f}" for net in nets]
         labels = "labels not used" if dataset.label_dim else "no labels"
-        if nets[0].config.label_dim:
+        if parts["ema"].config.label_dim:
             labels = " ".join([f"{dataset.label_dim} classes", *(dataset.classes or [])[:10]])
-        rt.print(f"{self.stage}: {what}, {' + '.join(sizes)} M parameters, {dataset.name} "
-                 f"({len(dataset)} images, {labels}), {rt.world_size} x {rt.device.type}, "
-                 f"{rt.precision}, batch {rt.batch} in parts of {rt.micro_batch}")
+        nets = [part for name, part in parts.items() if name != "ema" and hasattr(part, "config")]
+        sizes = " + ".join(f"{networks.parameter_count(net) / 1e6:.2f}" for net in nets)
+        rt.print(f"{stage}: {sizes} M parameters, {dataset.name} ({len(dataset)} images, "
+                 f"{labels}), {rt.world_size} x {rt.device.type}, {rt.precision}, "
+                 f"batch {rt.batch} in parts of {rt.micro_batch}")
 
     def _restore(self, state):
-        if state["kind"] != f"training state of {self.stage}":
-            raise UserError(f"a {state['kind']}, not of {self.stage}; choose another --outdir")
-        if state.get("format") != FORMAT:
-            raise UserError("started by another version of the project; finish it with that one or "
-                            "choose another --outdir")
+        if state["kind"] != self.kind:
+            raise UserError(f"a {state['kind']}, not a {self.kind}; choose another --outdir")
         for key, new in self.settings.items():
             if (old := state["settings"].get(key)) != new:
                 raise UserError(f"{self.path} was trained with --{key.replace('_', '-')} {old}, "
@@ -443,7 +428,8 @@ class Run:
         """Whether the last step crossed a multiple of `kimg` thousand images, or ended the run."""
         if not kimg or not self.nimg:
             return False
-        return self.nimg % (kimg * 1000) < self.rt.batch or self.nimg >= self.total_nimg
+        interval = max(round(kimg * 1000), 1)
+        return self.nimg % interval < self.rt.batch or self.nimg >= self.total_nimg
 
     def add(self, **values):
         """Add tensors to the sums of the next log line. They stay on the device: nothing waits."""
@@ -470,8 +456,6 @@ class Run:
         (before, nimg), self.last = self.last, (time.monotonic(), self.nimg)
         rate = (self.nimg - nimg) / max(self.last[0] - before, 1e-9)
         left = datetime.timedelta(seconds=int((self.total_nimg - self.nimg) / max(rate, 1e-9)))
-        if self.rt.device.type == "cuda":
-            record["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.write({**record, "images_per_second": rate},
                    f"{self.nimg / 1000:.1f}/{self.total_nimg / 1000:.0f} kimg  "
                    f"{rate:.0f} images/s  {left} left  {text}")
@@ -487,6 +471,7 @@ class Run:
             self.log.append({"nimg": self.nimg, **record})
             with open(self.log_path, "a") as file:
                 file.write(json.dumps(self.log[-1]) + "\n")
+            files.flush(self.log_path)
         self.rt.print(text)
 
     def lacks(self, name):
@@ -504,10 +489,8 @@ class Run:
         self._check(state["ema"])
         if self.rt.is_main:
             write_networks()
-            if self.log_path.exists():
-                files.flush(self.log_path)
-            about = dict(kind=f"training state of {self.stage}", format=FORMAT, nimg=self.nimg,
-                         logged_nimg=self.logged_nimg, settings=self.settings, sums=self.sums)
+            about = dict(kind=self.kind, nimg=self.nimg, logged_nimg=self.logged_nimg,
+                         settings=self.settings, sums=self.sums)
             files.save_checkpoint({**about, **state}, self.path)
         _signals.in_step = False
         if number := self.rt.agree(_signals.number):
