@@ -1,11 +1,10 @@
 """What the tests of the scripts share."""
 
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ for number in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
+import pretrain  # noqa: E402
 from machinery import checkpoints, training  # noqa: E402
 
 # Eight steps. A later --device takes precedence.
@@ -37,13 +37,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def call(monkeypatch):
+@pytest.fixture(scope="session")
+def call():
     """Function (script module, *arguments): run a script in this process."""
 
     def run(script, *args):
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, args)])
-        training.run(script.main)
+        with mock.patch.object(sys, "argv", [f"{script.__name__}.py", *map(str, args)]):
+            training.run(script.main)
 
     return run
 
@@ -65,12 +65,10 @@ def refused(call, capsys):
 
 
 @pytest.fixture(scope="session")
-def stage1(tmp_path_factory):
+def stage1(call, tmp_path_factory):
     """A run of eight steps of stage 1 on the digits, with the network of a full run."""
     out = tmp_path_factory.mktemp("stage1")
-    command = [sys.executable, ROOT / "pretrain.py", *SHORT, "--outdir", out]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
+    call(pretrain, *SHORT, "--outdir", out)
     shutil.copy(ROOT / "assets" / "digits-stage1.pt", out / "network.pt")
     return out
 

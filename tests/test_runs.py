@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def whole(stage1, tmp_path_factory):
+def whole(call, stage1, tmp_path_factory):
     """Function stage -> (script, its flags, the folder of a run of eight steps without a stop)."""
 
     @functools.cache
@@ -41,9 +41,7 @@ def whole(stage1, tmp_path_factory):
             args += ["--init", network, "--lr-decay-kimg", "0.256", "--fid-every", "0.064",
                      "--fid-images", "100", "--fid-features", network]
         folder = tmp_path_factory.mktemp("whole")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["script.py", *map(str, args), "--outdir", str(folder)])
-            training.run(script.main)
+        call(script, *args, "--outdir", folder)
         return script, args, folder
 
     return run
