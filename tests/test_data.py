@@ -464,6 +464,7 @@ def test_bad_input_is_named_labels_where_they_are_asked_for(tmp_path, labels, ki
         UserError("no name"))],
     *[(OSError(errno.EACCES, "Permission denied", name), PermissionError, f"denied: '{shown}'$")
       for name, shown in ((None, "some/file"), ("other/file", "other/file"))],  # the system's words
+    (torch.OutOfMemoryError("CUDA's"), torch.OutOfMemoryError, "^CUDA's$"),  # the file is sound
 ])
 def test_whatever_a_parser_raises_names_the_file(error, kind, message):
     with pytest.raises(kind, match=message), files.reading("some/file", "a picture"):

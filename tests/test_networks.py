@@ -10,7 +10,6 @@ import torch
 from gpu import randomise
 
 import networks
-from machinery import checkpoints
 from networks import NETWORKS, ConfigError, Denoiser, RatioNetwork, parameter_count
 
 ARCHITECTURES = list(gpu.ARCHITECTURES)
@@ -173,17 +172,6 @@ def test_ema_fades_by_half_every_halflife_and_faster_at_the_start(device):
     torch.testing.assert_close(ema[0].cpu().data, torch.full((3,), 0.5))
     networks.update_ema(ema, net, batch=50, halflife=500, nimg=1000)  # half-life: 5 % of 1000
     torch.testing.assert_close(ema[0].cpu().data, torch.full((3,), 0.25))
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_saved_network_comes_back_the_same(architecture, tmp_path):
-    net = randomise(Denoiser(small(architecture, label_dim=5))).eval()
-    checkpoints.save_network(tmp_path / "network.pt", net, role="generator", t_init=2.5)
-    back = checkpoints.load_network(tmp_path / "network.pt", role="generator")
-    assert back.config == net.config and not back.training
-    assert back.about == {"role": "generator", "t_init": 2.5}
-    x, sigma, labels = torch.randn(2, 3, 16, 16), torch.ones(2), torch.tensor([0, 4])
-    assert torch.equal(back(x, sigma, labels), net(x, sigma, labels))
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -100,18 +100,22 @@ def write_published(path, net, protocol=4, **changes):
     ("edm2", "edm", 4, "half"), ("ddpmpp", "vp", 4, "half"), ("ncsnpp", "ve", 5, "float"),
 ])
 def test_published_networks_load_by_name(tmp_path, architecture, kind, protocol, dtype, label_dim):
-    """Outputs equal those of the network that was written: at four noise levels, with classes."""
+    """And our own files of them: outputs equal at four noise levels, with classes."""
     config = small(architecture, label_dim=label_dim, preconditioning=kind)
     net = getattr(randomise(Denoiser(config)), dtype)().eval()  # EDM2 publishes float16
     path, augment = tmp_path / "network-snapshot.pkl", {}
     if architecture == "ddpmpp":  # its augmentation gets zeros outside EDM's training, so it goes
         net.model.map_augment, augment = torch.nn.Linear(9, 32, bias=False), {"augment_dim": 9}
     loaded = load_network(write_published(path, net, protocol, **augment), role="denoiser")
-    assert {p.dtype for p in loaded.parameters()} == {torch.float32} and not loaded.training
+    save_network(tmp_path / "network.pt", loaded, role="generator", t_init=2.5)
+    back = load_network(tmp_path / "network.pt", role="generator")
+    assert back.config == loaded.config and back.about == {"role": "generator", "t_init": 2.5}
     x, sigma = torch.randn(4, 3, 16, 16), torch.tensor([0.002, 0.5, 2.5, 80.0])
     labels = torch.arange(4) if label_dim else None
-    with torch.no_grad():
-        assert torch.equal(loaded(x, sigma, labels), net.float()(x, sigma, labels))
+    for found in (loaded, back):
+        assert {p.dtype for p in found.parameters()} == {torch.float32} and not found.training
+        with torch.no_grad():
+            assert torch.equal(found(x, sigma, labels), net.float()(x, sigma, labels))
 
 
 def test_scripts_start_from_a_published_checkpoint(call, tmp_path):

@@ -213,11 +213,6 @@ def test_a_full_disk_is_one_line_and_keeps_the_file_before(refused, tmp_path):
     assert files.load_checkpoint(path)["a"].sum() == 3 and [*tmp_path.iterdir()] == [path]
 
 
-def test_a_full_gpu_is_not_a_damaged_file():
-    with pytest.raises(torch.OutOfMemoryError), files.reading("checkpoint.pt", "a checkpoint"):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-
 def test_a_missing_compiler_is_one_line(refused):
     def main():
         raise type("Failed", (RuntimeError,), {"__module__": "torch._inductor.exc"})("No working\nC++ compiler")
