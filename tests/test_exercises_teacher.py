@@ -10,7 +10,6 @@ import torch
 import verifier
 from conftest import ROOT, alike, same, weights
 
-import networks
 import sample
 import train_diffratio
 from machinery import checkpoints
@@ -18,17 +17,7 @@ from machinery import checkpoints
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The path of an untrained, very small stage-1 network for the digits."""
-    torch.manual_seed(0)
-    config = networks.Config(img_resolution=8, img_channels=1, model_channels=4, channel_mult=(1,), num_blocks=1, attn_resolutions=())
-    path = tmp_path_factory.mktemp("tiny") / "network.pt"
-    checkpoints.save_network(path, networks.Denoiser(config), role="denoiser")
-    return path
-
-
-SIGMA = 0.7
+STAGE1, SIGMA = ROOT / "assets" / "digits-stage1.pt", 0.7
 
 
 def denoiser(mean, std):
@@ -82,16 +71,16 @@ def test_with_alpha_one_half_sid_follows_the_fisher_divergence(monkeypatch):
 
 
 @pytest.mark.parametrize("method", teacher.METHODS)
-def test_teacher_trains_a_generator_and_resumes(call, tiny, tmp_path, method):
+def test_teacher_trains_a_generator_and_resumes(call, tmp_path, method):
     """Two steps, or one and then another, or in micro-batches: the same generator."""
-    args = ["--method", method, "--init", tiny, "--batch", "32", "--device", "cpu", "--lr", "1e-3", "--lr-decay-kimg", "1"]
-    for folder, kimg in (("whole", "0.064"), ("resumed", "0.032"), ("resumed", "0.064")):
+    args = ["--method", method, "--init", STAGE1, "--batch", "16", "--device", "cpu", "--lr", "1e-3", "--lr-decay-kimg", "1"]
+    for folder, kimg in (("whole", "0.032"), ("resumed", "0.016"), ("resumed", "0.032")):
         call(teacher, *args, "--kimg", kimg, "--outdir", tmp_path / folder)
-    call(teacher, *args, "--kimg", "0.064", "--micro-batch", "16", "--outdir", tmp_path / "micro")
+    call(teacher, *args, "--kimg", "0.032", "--micro-batch", "8", "--outdir", tmp_path / "micro")
     whole, resumed, micro = (weights(tmp_path / folder / "network.pt") for folder in ("whole", "resumed", "micro"))
-    assert same(whole, resumed) and not same(whole, weights(tiny)) and alike(whole, micro, weights(tiny))
+    assert same(whole, resumed) and not same(whole, weights(STAGE1)) and alike(whole, micro, weights(STAGE1))
     about = checkpoints.load_network(tmp_path / "whole" / "network.pt", role="generator").about
-    assert (about["method"], about["t_init"], about["nimg"]) == (method, 2.5, 64)
+    assert (about["method"], about["t_init"], about["nimg"]) == (method, 2.5, 32)
 
 
 def test_flags_that_teacher_does_not_use_are_refused(refused):
@@ -126,13 +115,13 @@ def test_the_verifier_chooses_what_sample_chooses():
     torch.testing.assert_close(size, sizes)
 
 
-def test_verifier_measures_and_continues(call, refused, tiny, tmp_path, monkeypatch, capsys):
+def test_verifier_measures_and_continues(call, refused, tmp_path, monkeypatch, capsys):
     classifier, results = verifier.measure.classifier, tmp_path / "r.jsonl"
     monkeypatch.setattr(classifier, "load", lambda dataset, device: classifier.Classifier(1, 8, 10).eval().requires_grad_(False))
     monkeypatch.setattr(verifier, "CANDIDATES", (1, 2))
     monkeypatch.setattr(verifier, "SIGMAS", (0.5,))
     monkeypatch.setitem(verifier.DATA, "digits", dict(pool=80, steps=2))
-    args = ["--pretrained", tiny, "--samples", "32", "--results", results, "--recipes", "blind"]
+    args = ["--pretrained", STAGE1, "--samples", "32", "--results", results, "--recipes", "blind"]
 
     def run(*more):
         torch.manual_seed(0)  # of the classifier above

@@ -175,11 +175,8 @@ def test_each_network_is_compiled_once_per_batch_size(architecture, monkeypatch)
 @pytest.mark.parametrize("native, expected", [(True, "bf16"), (False, "fp16")])
 def test_auto_takes_bf16_only_where_it_is_not_emulated(native, expected, monkeypatch):
     """V100, T4 and RTX 20xx emulate bf16: `is_bf16_supported()` is true, but fp16 is far faster."""
-    def supported(including_emulation=True):
-        return native or including_emulation
-
-    cuda = mock.Mock(device_count=lambda: 1, is_bf16_supported=supported)
-    monkeypatch.setattr(torch, "cuda", cuda)
+    supported = {"is_bf16_supported": lambda including_emulation: native or including_emulation}
+    monkeypatch.setattr(torch, "cuda", mock.Mock(device_count=lambda: 1, **supported))
     monkeypatch.setattr(torch.backends, "cudnn", mock.Mock())
     assert training.start("cuda", "auto").precision == expected
 

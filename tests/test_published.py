@@ -8,7 +8,7 @@ import io
 import pickle
 import resource
 import sys
-import types
+from unittest import mock
 from unittest.mock import patch
 
 import numpy as np
@@ -33,10 +33,9 @@ def _reconstruct_persistent_obj(meta):
 
 
 _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
-NAMES = ("dnnlib", "dnnlib.util", "torch_utils", "torch_utils.persistence")
-THEIRS = {name: types.ModuleType(name) for name in NAMES}
-THEIRS["dnnlib.util"].EasyDict = EasyDict
-THEIRS["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
+THEIRS = {"dnnlib": mock.Mock(), "dnnlib.util": mock.Mock(EasyDict=EasyDict),
+          "torch_utils": mock.Mock(), "torch_utils.persistence": mock.Mock(
+              _reconstruct_persistent_obj=_reconstruct_persistent_obj)}
 
 
 class Attack:
