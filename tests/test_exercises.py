@@ -24,6 +24,7 @@ import train_diffratio
 from machinery import checkpoints, data
 from machinery.files import UserError
 
+DIGITS = data.load("digits")
 SHORT = "--kimg 0.064 --batch 32 --device cpu"  # two steps
 ROWS = {run.run_name(*row): row for exercise in run.EXERCISES for row in run.rows_of(exercise).values()}
 
@@ -35,11 +36,6 @@ def brief_classifiers(tmp_path_factory):
         patch.setenv("DIFFRATIO_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(classifier.load, "__defaults__", (20_000, "cpu"))
         yield
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
 
 
 @pytest.fixture(scope="module")
@@ -255,38 +251,38 @@ def test_halves_are_disjoint_and_random():
     assert np.array_equal(a, again) and not np.array_equal(a, other)
 
 
-def test_the_classifier_tells_digits_and_is_kept(digits, monkeypatch):
-    first = data.Dataset("first", digits.images[:1500], digits.labels[:1500])
+def test_the_classifier_tells_digits_and_is_kept(monkeypatch):
+    first = data.Dataset("first", DIGITS.images[:1500], DIGITS.labels[:1500])
     net = classifier.load(first)
-    assert (classifier.predict(net, digits.images[1500:]) == digits.labels[1500:]).mean() > 0.85  # that it has not seen
+    assert (classifier.predict(net, DIGITS.images[1500:]) == DIGITS.labels[1500:]).mean() > 0.85  # that it has not seen
     monkeypatch.setattr(classifier, "train", None)  # a second training would fail
     assert same(net.state_dict(), classifier.load(first).state_dict())
     with pytest.raises(UserError, match="needs them"):
-        classifier.load(data.Dataset("bare", digits.images))
+        classifier.load(data.Dataset("bare", DIGITS.images))
     with pytest.raises(TypeError):  # other labels of the same images are another classifier
         classifier.load(data.Dataset("corrected", first.images, (first.labels + 1) % 10))
 
 
-def test_held_out_images_are_the_reference_and_the_first_row(digits, monkeypatch):
+def test_held_out_images_are_the_reference_and_the_first_row(monkeypatch):
     """Coloured digits. Of the test images the first row has nearest and accuracy."""
-    images = digits.images.repeat(2, axis=1).repeat(2, axis=2) // np.array([1, 2, 3], np.uint8)
+    images = DIGITS.images.repeat(2, axis=1).repeat(2, axis=2) // np.array([1, 2, 3], np.uint8)
     parts = {"cifar10": slice(1000), "cifar10:test": slice(1000, 1797), "own": slice(1500, 1797)}
-    sets = {name: data.Dataset(name, images[part], digits.labels[part])
+    sets = {name: data.Dataset(name, images[part], DIGITS.labels[part])
             for name, part in parts.items()}
     monkeypatch.setattr(data, "load", sets.__getitem__)
     assert measure.Measures("cifar10", test="own").reference is sets["own"]
     held = measure.Measures("cifar10")
     row = held.floors()["data: training against test images"]
-    right = classifier.predict(held.classifier, images[1000:]) == digits.labels[1000:]
+    right = classifier.predict(held.classifier, images[1000:]) == DIGITS.labels[1000:]
     assert row["images"] == 797
     assert row["accuracy"] == right.mean() and 0.5 < right.mean() < 0.99  # mirrored ones are hard
     assert row["nearest"] == held.nearest(images[1000:]).median().item() > row["nearest_low"] > 5
 
 
-def test_classes_are_numbered_as_training_numbers_them(digits, monkeypatch):
+def test_classes_are_numbered_as_training_numbers_them(monkeypatch):
     """Digits 0 and 3 alone: --cond makes them 0 and 1. A test set of other classes, or without any, tells no accuracy."""
-    some = np.isin(digits.labels, (0, 3))
-    images, labels = digits.images[some], digits.labels[some]
+    some = np.isin(DIGITS.labels, (0, 3))
+    images, labels = DIGITS.images[some], DIGITS.labels[some]
     sets = {"gaps": data.Dataset("gaps", images, labels), "bare": data.Dataset("bare", images)}
     monkeypatch.setattr(data, "load", sets.__getitem__)
     measures = measure.Measures("gaps")
@@ -296,12 +292,12 @@ def test_classes_are_numbered_as_training_numbers_them(digits, monkeypatch):
     assert "accuracy" not in row
 
 
-def test_measures_tell_good_from_bad_and_from_memory(measures, digits):
+def test_measures_tell_good_from_bad_and_from_memory(measures):
     """Data is near data; noise covers nothing; copies of one image are precise, cover nothing, are at distance zero."""
     rng = np.random.default_rng(0)
     good = measures.floors()["data: one half against the other"]
     noise = measures(rng.integers(0, 256, (300, 8, 8, 1)).astype(np.uint8))
-    copies = measures(digits.images[:1].repeat(300, axis=0), labels=digits.labels[:1].repeat(300))
+    copies = measures(DIGITS.images[:1].repeat(300, axis=0), labels=DIGITS.labels[:1].repeat(300))
     for view in ("classifier", "stage1"):
         assert good[f"fd_{view}"] < 0.1 * noise[f"fd_{view}"] and good[f"fd_{view}"] < 0.1 * copies[f"fd_{view}"]
         assert good[f"precision_{view}"] > 0.8 > 0.5 > noise[f"precision_{view}"] and copies[f"precision_{view}"] == 1
@@ -311,26 +307,26 @@ def test_measures_tell_good_from_bad_and_from_memory(measures, digits):
     assert max(copies["shares"]) == 1 and copies["accuracy"] in (0, 1) and max(good["shares"]) < 0.2
 
 
-def test_nearest_training_image_and_choice_of_large_sets(measures, digits, monkeypatch):
+def test_nearest_training_image_and_choice_of_large_sets(measures, monkeypatch):
     """3 % of copies show in the lowest percentile. A set that is sorted by class is not judged by its first classes."""
-    shifted = np.where(digits.images[:1] > 127, digits.images[:1] - 3, digits.images[:1] + 3)
+    shifted = np.where(DIGITS.images[:1] > 127, DIGITS.images[:1] - 3, DIGITS.images[:1] + 3)
     assert measures.nearest(shifted).item() == pytest.approx(3, abs=0.01)  # the root mean square
-    assert measures.nearest(digits.images[:1], skip_self=True).item() > 10
+    assert measures.nearest(DIGITS.images[:1], skip_self=True).item() > 10
     noise = np.random.default_rng(0).integers(-40, 41, (300, 8, 8, 1))
-    images = (digits.images[:300].astype(int) + noise).clip(0, 255).astype(np.uint8)
-    new, copied = measures.memory(images), measures.memory(np.concatenate([images[9:], digits.images[300:309]]))
+    images = (DIGITS.images[:300].astype(int) + noise).clip(0, 255).astype(np.uint8)
+    new, copied = measures.memory(images), measures.memory(np.concatenate([images[9:], DIGITS.images[300:309]]))
     assert copied["nearest"] > 0.95 * new["nearest"] and copied["nearest_low"] < 0.5 < 10 < new["nearest_low"]
-    order = digits.labels.argsort(kind="stable")
+    order = DIGITS.labels.argsort(kind="stable")
     monkeypatch.setattr(measure.chosen, "__defaults__", (500,))
-    found = measures(digits.images[order], digits.labels[order])
+    found = measures(DIGITS.images[order], DIGITS.labels[order])
     assert found["images"] == 500 and min(found["shares"]) > 0.05 and found["accuracy"] > 0.8
-    assert np.array_equal(measure.chosen(digits.images, 5000), digits.images)
+    assert np.array_equal(measure.chosen(DIGITS.images, 5000), DIGITS.images)
 
 
-def test_measure_command(call, refused, capsys, measures, monkeypatch, tmp_path, digits):
+def test_measure_command(call, refused, capsys, measures, monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "Measures", lambda *_: measures)
     for seed in (0, 1):
-        np.savez(tmp_path / f"{seed}.npz", arr_0=digits.images[300 * seed : 300 * (seed + 1)])
+        np.savez(tmp_path / f"{seed}.npz", arr_0=DIGITS.images[300 * seed : 300 * (seed + 1)])
     files = [f"mine={tmp_path}/{seed}.npz" for seed in (0, 1)]
     call(measure, "digits", "--json", tmp_path / "out.jsonl", *files)
     out = capsys.readouterr().out
@@ -345,9 +341,9 @@ def test_measure_command(call, refused, capsys, measures, monkeypatch, tmp_path,
     assert "no such file" in refused(measure, "digits", f"x={tmp_path}/none.npz")
 
 
-def test_demo(call, capsys, stage1, digits, tmp_path, monkeypatch):
+def test_demo(call, capsys, stage1, tmp_path, monkeypatch):
     """With the flags of the Makefile: a picture of four panels, distances, shares of the digits."""
-    monkeypatch.setattr(data, "load", lambda name: data.Dataset(name, digits.images[:300], digits.labels[:300]))
+    monkeypatch.setattr(data, "load", lambda name: data.Dataset(name, DIGITS.images[:300], DIGITS.labels[:300]))
     files = dict(pretrained=stage1 / "network.pt", generator=sample.DIGITS, outdir=tmp_path, seed=1)
     call(demo, *[word for name, value in files.items() for word in (f"--{name}", value)])
     shown = capsys.readouterr().out
@@ -358,10 +354,10 @@ def test_demo(call, capsys, stage1, digits, tmp_path, monkeypatch):
     assert all(f"--{name} " in (ROOT / "Makefile").read_text() for name in files)
 
 
-def test_own_pictures_from_a_folder_to_a_class_of_the_generator(call, digits, tmp_path, monkeypatch):
+def test_own_pictures_from_a_folder_to_a_class_of_the_generator(call, tmp_path, monkeypatch):
     """docs/own-data.md, two steps of each stage: the classes in dataset.json are those of the generator."""
     monkeypatch.chdir(tmp_path)
-    data.write_images([(digits.images[:200], digits.labels[:200].tolist())], "my-pictures")
+    data.write_images([(DIGITS.images[:200], DIGITS.labels[:200].tolist())], "my-pictures")
     common = ["--data", "my-pictures", *SHORT.split(), "--outdir"]
     call(pretrain, "--cond", *common, "runs/mine/pretrain")
     call(train_diffratio, "--init", "runs/mine/pretrain/network.pt", *common, "runs/mine/dijs")
