@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import networks
 import pretrain
@@ -47,17 +48,11 @@ def test_attention_reaches_the_fused_kernels(architecture, memory_format, monkey
 class Log(TorchDispatchMode):
     """The operations that run, as rows: (name, input tensors, first output)."""
 
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        first = out[0] if isinstance(out, (tuple, list)) else out
-        if isinstance(first, torch.Tensor):
-            inputs = [t for t in leaves if isinstance(t, torch.Tensor)]
-            self.rows.append((function.name().split("::")[-1], inputs, first))
+        inputs, outputs = ([t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+                           for tree in ((args, kwargs), out))
+        self.rows += [(function.name().split("::")[-1], inputs, first) for first in outputs[:1]]
         return out
 
 
@@ -76,6 +71,7 @@ def test_a_bf16_step_computes_in_bf16_and_copies_no_layout(architecture):
         x, sigma = torch.randn(n, 3, 16, 16), torch.ones(n)
         labels = torch.zeros(n, dtype=torch.int64)
         with Log() as log:
+            log.rows = []
             with torch.autocast("cpu", torch.bfloat16), memory.CudaRules():
                 loss = pretrain.denoising_loss(net, x, sigma, x, labels).sum()
             loss.backward()

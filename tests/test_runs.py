@@ -214,11 +214,9 @@ def test_a_full_disk_is_one_line_and_keeps_the_file_before(refused, tmp_path):
 
 
 def test_a_missing_compiler_is_one_line(refused):
-    def main():
-        raise type("Failed", (RuntimeError,), {"__module__": "torch._inductor.exc"})("No working\nC++ compiler")
-
-    said = refused(types.SimpleNamespace(__name__="script", main=main))
-    assert "No working C++ compiler); leave out --compile" in said
+    error = type("Failed", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    script = mock.Mock(__name__="script", main=mock.Mock(side_effect=error("No working\nC++ tool")))
+    assert "No working C++ tool); leave out --compile" in refused(script)
 
 
 # ---- Any division of the work
