@@ -53,8 +53,7 @@ def work(tmp_path, monkeypatch, stage1):
 
     (tmp_path / run.STAGE1).parent.mkdir(parents=True)
     shutil.copy(stage1 / "network.pt", tmp_path / run.STAGE1)
-    common = f"{run.COMMON} {SHORT}"
-    brief = dict(COMMON=common, KIMG=0.064, ONE_LEVEL=SHORT, SAMPLES=300)
+    brief = dict(COMMON=f"{run.COMMON} {SHORT}", KIMG=0.064, ONE_LEVEL=SHORT, SAMPLES=300)
     for name, value in dict(brief, WORK=tmp_path, call=call).items():
         monkeypatch.setattr(run, name, value)
     monkeypatch.chdir(tmp_path)

@@ -346,7 +346,6 @@ def test_input_that_does_not_fit_is_named(refused, stage1, tmp_path):
     for script, flag, value, message, *more in (
         (pretrain, "--data", tmp_path / "9.npz", "cannot be halved"),
         (pretrain, "--data", tmp_path / "16.npz", "no labels", "--cond"),
-        (pretrain, "--data", tmp_path / "none", "no such file"),
         (train_diffratio, "--data", tmp_path / "16.npz", "(8, 1, 0)", *init),
         (train_diffratio, "--init", tmp_path / "none", "python pretrain.py --preset digits"),
         (train_diffratio, "--init", ASSETS / "digits.pt", "holds a generator"),
