@@ -2,10 +2,11 @@
 
     python exercises/gpu.py                              everything; the page goes to gpu.md as it grows
     python exercises/gpu.py --parts speed --preset cifar10 --batch 4 --device cpu
+    python exercises/gpu.py --parts memory --preset cifar10 imagenet64            computed; needs no GPU
 
-Parts: `correctness` compares each architecture with the CPU in float64; `speed` times training and sampling on random
-images and weights, with variational score distillation (VSD) and SiD for the cost of a teacher; `compiled` does both
-with torch.compile. FLOP are those of matrix products and convolutions. Each part has a time limit.
+Parts: `memory` computes that of stage 2 on a GPU; `correctness` compares each architecture with the CPU in float64; `speed`
+times training and sampling on random images and weights, with variational score distillation (VSD) and SiD for the cost of a
+teacher; `compiled` does the last two with torch.compile. FLOP are those of matrix products and convolutions.
 """
 
 import copy
@@ -20,11 +21,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import project  # noqa: F401
 import fid
-import memory
 import networks
 import pretrain
 import sample
@@ -32,7 +34,7 @@ import teacher
 import train_diffratio
 from machinery import training
 
-PARTS = ("correctness", "speed", "compiled")
+PARTS = ("memory", "correctness", "speed", "compiled")
 LARGE = ("cifar10", "imagenet64", "imagenet512")
 
 # ---- What is measured --------------------------------------------------------------------------------
@@ -42,11 +44,11 @@ class Batch:
     """Random stand-ins for a batch of `rt.batch` images and all that is drawn in an iteration."""
 
     def __init__(self, config, rt):
-        n, shape = rt.batch, (rt.batch, config.img_channels, config.img_resolution, config.img_resolution)
-        numbers = [torch.randn(shape) for _ in range(5)]  # drawn on the CPU: the same everywhere
-        self.x, self.z, self.eps, self.eps_fake, self.eps_generator = (t.to(rt.device) for t in numbers)
-        self.sigma, self.sigma_generator = (torch.randn(n).exp().to(rt.device) for _ in range(2))
-        self.labels = torch.zeros(n, dtype=torch.int64, device=rt.device) if config.label_dim else None
+        shape = rt.batch, config.img_channels, config.img_resolution, config.img_resolution
+        with rt.device:
+            self.x, self.z, self.eps, self.eps_fake, self.eps_generator = (torch.randn(shape) for _ in range(5))
+            self.sigma, self.sigma_generator = (torch.randn(rt.batch).exp() for _ in range(2))
+            self.labels = torch.zeros(rt.batch, dtype=torch.int64) if config.label_dim else None
 
 
 def randomise(net):
@@ -57,8 +59,8 @@ def randomise(net):
 
 
 def build(kind, config, rt, compiled=False):
-    """A network of random weights, in training mode. Small ones are drawn on the CPU: the same on every device."""
-    with torch.device("cpu" if config.model_channels < 100 and rt.device.type == "cuda" else rt.device):
+    """A network of random weights, in training mode."""
+    with rt.device:
         net = randomise(kind(config)).train()
     return networks.place(net, rt.device, compiled)
 
@@ -189,7 +191,7 @@ def hardware(device):
 
 
 class Page:
-    """Lines of Markdown, printed and written to a file as they come; a clock for each part."""
+    """Lines of Markdown, printed and written to a file as they come."""
 
     def __init__(self, path):
         self.file = open(path, "w")
@@ -199,15 +201,12 @@ class Page:
         self.file.write(text + "\n")
         self.file.flush()
 
-    def part(self, title, columns, seconds):
-        """Start a table; `seconds` is the time limit of what follows."""
-        self.end = time.monotonic() + seconds
+    def part(self, title, columns):
+        """Start a table."""
         self.line(f"\n## {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
 
     def row(self, name, function):
         """A row with the cells that function() returns, or with what kept it from returning."""
-        if time.monotonic() > self.end:
-            return self.line(f"| {name} | no time |")
         try:
             cells = function()
         except Exception as error:  # the page is the report: the next row may still run
@@ -215,6 +214,86 @@ class Page:
             cells = [f"**{type(error).__name__}: {text[0][:150]}**"]
         torch.cuda.empty_cache()
         self.line(f"| {name} | {' | '.join(map(str, cells))} |")
+
+
+# ---- Memory of stage 2, computed ---------------------------------------------------------------------
+# Fixed: weights, Adam's two moments and the gradients of both networks, the average of the generator (20 bytes a parameter; 12
+# for the ratio network, whose gradients go before the generator's) and the random numbers of a global batch. Per image: what
+# autograd keeps for a batch in one piece under bf16 autocast with CUDA's rules, counted on fake tensors. Not counted: allocator
+# and cuDNN, for which the advice leaves 15 % of the card; `--compile`, which needs less. GB: 10^9.
+
+CARDS = (24, 40, 80)  # GB
+
+
+def network_of(preset):
+    """The configuration of a preset's network in stage 2, without dropout."""
+    return dataclasses.replace(networks.NETWORKS[pretrain.PRESETS[preset]["network"]], dropout=0.0)
+
+
+class CudaRules(TorchFunctionMode):
+    """Make the CPU's autocast use float32 where CUDA's does, and GroupNorm the GPU's layout."""
+
+    FLOAT32 = {"group_norm", "layer_norm", "interpolate", "softmax", "softplus", "exp", "log",
+               "pow", "__pow__", "sum", "norm"}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in self.FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = torch.utils._pytree.tree_map_only(
+                torch.Tensor, lambda t: t.float() if t.is_floating_point() else t, (args, kwargs))
+        if function.__name__ == "group_norm":
+            args = (args[0].contiguous(), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
+def kept_for_backward(net, run):
+    """Bytes that autograd keeps for the backward pass of `run()`, without the weights of `net`."""
+    weights = {p.untyped_storage()._cdata for p in net.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        address = tensor.untyped_storage()._cdata
+        if address not in weights:
+            kept[address] = tensor  # held, so that no address is used twice
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16), CudaRules():
+        run()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@functools.cache
+def count(config, batch):
+    """(fixed bytes, bytes per image) of stage 2 with these networks and this global batch."""
+    with FakeTensorMode():
+        generator, ratio = networks.Denoiser(config), networks.RatioNetwork(config)
+
+        def activations(n):
+            draw = Batch(config, training.Runtime(torch.device("cpu"), batch=n))
+            x, labels = draw.x, draw.labels
+            kept = kept_for_backward(generator, lambda: sample.one_step(generator, x, labels))
+            return kept + kept_for_backward(ratio, lambda: train_diffratio.ratio_loss(ratio, x, x, draw.sigma, x, x, labels))
+
+        two, four = activations(2), activations(4)
+    numbers = 6 * 4 * batch * config.img_channels * config.img_resolution**2
+    weights = 20 * networks.parameter_count(generator) + 12 * networks.parameter_count(ratio)
+    cast = 2 * two - four  # weights cast to bf16 do not grow with n
+    return weights + numbers + cast, (four - two) / 2
+
+
+def images_that_fit(fixed, per_image, card):
+    """The largest power of two of images on a card of so many bytes; 0 if not even one fits."""
+    n = max(0, int((0.85 * card - fixed) / per_image))
+    return 2 ** (n.bit_length() - 1) if n else 0
+
+
+def memory(page, presets):
+    """A table of the memory of stage 2 and the largest `--micro-batch` of some cards."""
+    page.part("Memory of stage 2, computed, and `--micro-batch` by card", ["", "fixed, GB", "per image, GB", *(f"on {card} GB" for card in CARDS)])
+    for preset in presets:
+        fixed, per_image = count(network_of(preset), train_diffratio.PRESETS[preset]["batch"])
+        fitting = [images_that_fit(fixed, per_image, 1e9 * card) or "none" for card in CARDS]
+        page.row(preset, lambda: [f"{fixed / 1e9:.1f}", f"{per_image / 1e9:.3f}", *fitting])
 
 
 # ---- Correctness -------------------------------------------------------------------------------------
@@ -255,9 +334,9 @@ def network_check(architecture, rt, compiled):
     return verdict(apart([seen], [out]), limits[0]), verdict(apart(seen_grads, grads), limits[1])
 
 
-def correctness(page, rt, seconds, compiled=False):
+def correctness(page, rt, compiled=False):
     """A table of the errors of all architectures in each precision."""
-    page.part(f"Relative errors against the CPU in float64{', compiled' * compiled}", ["", "output", "gradients"], seconds)
+    page.part(f"Relative errors against the CPU in float64{', compiled' * compiled}", ["", "output", "gradients"])
     precisions = ("fp32", "bf16", "fp16") if rt.device.type == "cuda" and not compiled else ("fp32", "bf16")
     for precision, architecture in itertools.product(precisions, ARCHITECTURES):
         here = dataclasses.replace(rt, precision=precision)
@@ -278,21 +357,21 @@ def matrix_rate(rt):
 
 
 def batch_of(page, preset, rt):
-    """Images at once in stage 2, at most 512, by `memory.count`; a line says what it counted."""
+    """Images at once in stage 2, at most 512, by `count`; a line says what it counted."""
     if rt.device.type == "cpu":
         return 32
-    fixed, per_image = memory.count(memory.network_of(preset), 2048)
+    fixed, per_image = count(network_of(preset), 2048)
     card = torch.cuda.get_device_properties(rt.device).total_memory
-    n = min(512, memory.images_that_fit(fixed, per_image, card) or 1)
+    n = min(512, images_that_fit(fixed, per_image, card) or 1)
     page.line(f"| {preset}: memory of stage 2 with {n} images, computed | | | | | {(fixed + n * per_image) / 1e9:.1f} |")
     return n
 
 
-def speed(page, rt, presets, batch, seconds, repeats, compiled=False):
+def speed(page, rt, presets, batch, repeats, compiled=False):
     """A table of the time and memory of what trains and samples, preset by preset."""
     rate = matrix_rate(rt)
     page.part(f"Speed{', compiled' * compiled} ({rt.precision}; matrix products run at {rate / 1e12:.3g} TFLOP/s)",
-              ["", "images/s", "seconds", "TFLOP/s", "share of the matrix rate", "peak memory, GB"], seconds)
+              ["", "images/s", "seconds", "TFLOP/s", "share of the matrix rate", "peak memory, GB"])
     layouts = {", channels-last": lambda *_: torch.channels_last, ", NCHW": lambda *_: torch.contiguous_format}
 
     def cells(prepare, config, here):
@@ -306,7 +385,8 @@ def speed(page, rt, presets, batch, seconds, repeats, compiled=False):
             function()
         seconds, peak = measure(function, rt.device, 1 if prepare is heun else repeats)
         flops = counter.get_total_flops() / seconds
-        return (f"{here.batch / seconds:.4g}", f"{seconds:.3g}", f"{flops / 1e12:.3g}", f"{100 * flops / rate:.0f} %", f"{peak:.1f}")
+        rates = f"{here.batch / seconds:.4g}", f"{seconds:.3g}", f"{flops / 1e12:.3g}"
+        return (*rates, f"{100 * flops / rate:.0f} %", f"{peak:.1f}")
 
     for preset in presets:
         config = networks.NETWORKS[pretrain.PRESETS[preset]["network"]]
@@ -326,25 +406,26 @@ def main():
         device=training.DEVICE,
         precision=training.PRECISION,
         repeats=(5, "speed: timed calls of each; their median is shown"),
-        minutes=(None, "time limit (default: 25, on a CPU 3)", float),
         out=("gpu.md", "the page")))
-    parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", help="%(choices)s (default: all; on a CPU not the last)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART",
+                        help="%(choices)s (default: all; on a CPU correctness and speed)")
     parser.add_argument("--preset", nargs="+", choices=list(pretrain.PRESETS), metavar="NAME",
-                        help="speed: whose networks (default: cifar10 imagenet64 imagenet512; on a CPU fashion-mnist)")
+                        help="memory, speed: whose networks (default: cifar10 imagenet64 imagenet512; on a CPU fashion-mnist)")
     args = parser.parse_args()
     rt = training.start(args.device, args.precision, alone=True)
     on_gpu = rt.device.type == "cuda"
     presets = args.preset or (LARGE if on_gpu else ("fashion-mnist",))
-    parts = args.parts or (PARTS if on_gpu else PARTS[:2])
-    seconds = (args.minutes or (25 if on_gpu else 3)) * 60 / len(parts)
+    parts = args.parts or (PARTS if on_gpu else PARTS[1:3])
     page = Page(args.out)
     page.line(f"{hardware(rt.device)}; PyTorch {torch.__version__}, Python {platform.python_version()}; {datetime.date.today()}")
     for part in parts:
         compiled = part == "compiled"
-        if part != "speed":
-            correctness(page, rt, seconds / (1 + compiled), compiled)
-        if part != "correctness":
-            speed(page, rt, presets, args.batch, seconds / (1 + compiled), args.repeats, compiled)
+        if part == "memory":
+            memory(page, presets)
+        if part == "correctness" or compiled:
+            correctness(page, rt, compiled)
+        if part == "speed" or compiled:
+            speed(page, rt, presets, args.batch, args.repeats, compiled)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import types
 from unittest import mock
 
 import gpu
-import memory
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,7 +71,7 @@ def test_a_bf16_step_computes_in_bf16_and_copies_no_layout(architecture):
         labels = torch.zeros(n, dtype=torch.int64)
         with Log() as log:
             log.rows = []
-            with torch.autocast("cpu", torch.bfloat16), memory.CudaRules():
+            with torch.autocast("cpu", torch.bfloat16), gpu.CudaRules():
                 loss = pretrain.denoising_loss(net, x, sigma, x, labels).sum()
             loss.backward()
 
@@ -96,9 +95,9 @@ def test_a_bf16_step_computes_in_bf16_and_copies_no_layout(architecture):
 
 
 def test_memory_of_imagenet_64_is_within_half_a_gigabyte_an_image():
-    """The full network, ratio step and generator step, as exercises/memory.py counts them."""
+    """The full network, ratio step and generator step, as exercises/gpu.py counts them."""
     config = dataclasses.replace(networks.NETWORKS["imagenet64"], dropout=0.0)
-    fixed, per_image = memory.count(config, batch=2048)
+    fixed, per_image = gpu.count(config, batch=2048)
     assert 0.3e9 < per_image <= 0.5e9 and fixed == pytest.approx(8.4e9, rel=0.05)
 
 
@@ -179,14 +178,13 @@ def test_auto_takes_bf16_only_where_it_is_not_emulated(native, expected, monkeyp
 
 def test_the_page_of_a_device_marks_what_is_wrong_and_goes_on(tmp_path, capsys):
     page = gpu.Page(tmp_path / "gpu.md")
-    page.part("Part", ["", "error"], seconds=100)
+    page.part("Part", ["", "error"])
     for error in (1e-6, 1e-4, float("nan")):
         page.row("error", lambda: [gpu.verdict(error, 1e-5)])
     page.row("broken", lambda: 1 / 0)
-    page.end = 0
-    page.row("late", lambda: [1])
+    page.row("next", lambda: [1])
     cells = [line.split("|")[2].strip() for line in (tmp_path / "gpu.md").read_text().splitlines()[5:]]
-    assert cells == ["1.0e-06", "**1.0e-04, above 1e-05**", "**nan, above 1e-05**", "**ZeroDivisionError: division by zero**", "no time"]
+    assert cells == ["1.0e-06", "**1.0e-04, above 1e-05**", "**nan, above 1e-05**", "**ZeroDivisionError: division by zero**", "1"]
 
 
 @pytest.mark.parametrize("architecture, precision, limits", [
