@@ -5,9 +5,8 @@
     python exercises/run.py 5 --results my-runs.jsonl --mine   the same of your working copy, whatever you changed in it
     python exercises/run.py 2 --results my-runs.jsonl --mine "--divergence hellinger"          with flags of your own
 
-Rows without --mine run the pristine scripts (exercises/changes.py). A row is a run in a folder
-of runs/exercises/RESULTS and a line of RESULTS, both with a hash of scripts and flags. What has a
-line of the same hash is not run again. After a stop the same command continues.
+Rows without --mine run the pristine scripts (exercises/changes.py). A row is a run in a folder of runs/exercises/RESULTS and a
+line of RESULTS, both with a hash of scripts and flags. What has its line is not run again; the same command continues a run.
 """
 
 import itertools
@@ -27,10 +26,8 @@ import torch
 from project import HERE, ROOT
 import changes
 
-WORK = ROOT  # runs/ is in it
-
 if __name__ == "__main__":  # an edit of a script changes nothing that measures
-    sys.path.insert(0, str(changes.unpack(WORK)))
+    sys.path.insert(0, str(changes.unpack(ROOT)))
 import sample
 from machinery import checkpoints, data, files, training
 from machinery.files import UserError
@@ -40,9 +37,9 @@ from scipy import stats
 
 # ---- Settings, as differences from the preset `digits` -----------------------------------------------
 
+WORK = ROOT  # runs/ is in it
 STAGE1 = "assets/digits-stage1.pt"  # pretrain.py --kimg 200, in half precision
-KIMG = 24  # length of a run, thousands of images; --short: a quarter
-COMMON = f"--init {STAGE1} --kimg {KIMG} --batch 64 --p-mean -1.2"
+COMMON = f"--init {STAGE1} --kimg 24 --batch 64 --p-mean -1.2"  # --short: a quarter of the length
 SAMPLES = 3594  # of each generator: twice the data
 ONE_LEVEL = "--kimg 200 --p-mean 0.9163 --p-std 0.001"  # ln 2.5: a stage 1 at a single noise level, for the exercise `stage-1`
 REFERENCE = HERE / "results" / "runs.jsonl"
@@ -113,25 +110,21 @@ def rows_of(exercise, short=False):
     """{row: (flags, names of changes)}. short: without the rows that need a stage 1 of their own."""
     rows = {}
     for name, text in EXERCISES[exercise].items():
-        flags = " ".join(word for word in text.split() if word[0] != "+")
-        names = tuple(word[1:] for word in text.split() if word[0] == "+")
-        if not (short and of_one_level(names)):
+        flags, *names = text.split("+")
+        flags, names = flags.strip(), tuple(name.strip() for name in names)
+        if not (short and "one-level" in text):
             rows[name] = shortened(flags) if short else flags, names
     return rows
 
 
+def number_of(flag, flags):
+    """The number after a flag; the last one counts."""
+    return float(re.findall(rf"--{flag} ([\d.]+)", f"{COMMON} {flags}")[-1])
+
+
 def shortened(flags):
     """The flags of a quarter of the length."""
-    return f"{flags} --kimg {kimg_of(flags) / 4:g}".strip()
-
-
-def last_of(flag, flags):
-    """The number that counts where a flag is given several times."""
-    return float(re.findall(rf"--{flag} ([\d.]+)", flags)[-1])
-
-
-def kimg_of(flags):
-    return last_of("kimg", f"--kimg {KIMG} {flags}")
+    return f"{flags} --kimg {number_of('kimg', flags) / 4:g}".strip()
 
 
 def run_name(flags, names):
@@ -154,19 +147,15 @@ def folder_of(flags, names, seed, results):
     return WORK / "runs" / "exercises" / Path(results).stem / name
 
 
-# ---- Training and measuring
-
-
 def train(folder, flags, names, seed):
     """Run the stage script in this folder: pristine with the changes `names`, or "mine"."""
     root = ROOT if "mine" in names else changes.unpack(WORK)
     script, one_step = root / changes.SCRIPT, "--ratio-steps 1"  # the preset takes two
+    if any("one-level" in name for name in names):
+        train_one_level(root)
     if "teacher" in names:
         script, one_step = root / "exercises" / "teacher.py", ""
     elif names and "mine" not in names:
-        if of_one_level(names) and not one_level_is_there():
-            outdir = (WORK / changes.ONE_LEVEL).parent
-            call([root / "pretrain.py", *ONE_LEVEL.split(), "--outdir", outdir], root)
         script = folder / changes.SCRIPT
         with files.atomic(script) as part:
             part.write_text(changes.changed(names))
@@ -174,15 +163,11 @@ def train(folder, flags, names, seed):
     call([script, *flags, "--seed", seed, "--outdir", folder], root)
 
 
-def of_one_level(names):
-    """Whether changes of code need the stage 1 of one noise level."""
-    return any("one-level" in name for name in names)
-
-
-def one_level_is_there():
-    """Whether the stage 1 of one noise level is finished."""
+def train_one_level(root):
+    """Train the stage 1 of one noise level, if it is not finished."""
     path = WORK / changes.ONE_LEVEL
-    return path.exists() and checkpoints.load_network(path).about["nimg"] >= 1000 * kimg_of(ONE_LEVEL)
+    if not path.exists() or checkpoints.load_network(path).about["nimg"] < 1000 * number_of("kimg", ONE_LEVEL):
+        call([root / "pretrain.py", *ONE_LEVEL.split(), "--outdir", path.parent], root)
 
 
 def call(command, root):
@@ -204,11 +189,10 @@ def call(command, root):
 
 def calibration(folder, dataset, seed):
     """{"0.1": `verifier.calibration` at that level}, on data and fresh samples."""
-    net = checkpoints.load_network(folder / "network.pt", role="generator")
-    ratio = checkpoints.load_network(folder / "ratio.pt", role="ratio")
+    net, ratio = (checkpoints.load_network(folder / name) for name in ("network.pt", "ratio.pt"))
     indices = range(10_000, 10_000 + len(dataset))
     fake = torch.cat([x for x, _ in sample.in_batches(net, indices, seed, "cpu", 300)])
-    real = dataset.to_model(dataset.batch(np.arange(len(dataset)))[0], "cpu")
+    real = dataset.to_model(torch.tensor(dataset.images), "cpu")
     both = [verifier.logits(ratio, x[:, None], 0.1, (seed, side))[:, 0] for side, x in enumerate((real, fake))]
     return {"0.1": verifier.calibration(*both)}
 
@@ -217,8 +201,8 @@ def measured(folder, flags, measures, seed):
     """The measures of a finished run."""
     log = measure.json_lines(folder / "log.jsonl", "nimg")
     last = [line for line in log if "images_per_second" in line][-1]
-    kimg, wanted, batch = last["nimg"] / 1000, kimg_of(flags), int(last_of("batch", f"{COMMON} {flags}"))
-    if not 0 <= last["nimg"] - round(1000 * wanted) < batch:  # whole batches; the loop of --mine may end early
+    kimg, wanted = last["nimg"] / 1000, number_of("kimg", flags)
+    if not 0 <= last["nimg"] - round(1000 * wanted) < number_of("batch", flags):  # the loop of --mine may end early
         raise UserError(f"{folder} is a run of {kimg:g} instead of {wanted:g} kimg; remove it")
     net = checkpoints.load_network(folder / "network.pt", role="generator")
     images = np.concatenate([data.to_uint8(x) for x, _ in sample.in_batches(net, range(SAMPLES), seed, "cpu", 300)])
@@ -252,26 +236,22 @@ def run_all(args, exercises):
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         for exercise, name, flags, names in wanted:
             about = dict(run=run_name(flags, names), seed=seed, hash=hash_of(flags, names))
-            same_run = results(args.results).get(about["run"], ())
-            before = [line.get("hash") for line in same_run if line["seed"] == seed]
-            if before == [about["hash"]]:
+            before = [line for line in results(args.results).get(about["run"], ()) if line["seed"] == seed]
+            if before and before[0].get("hash") == about["hash"]:
                 continue
             print(f"\n--- {exercise}: {name}, seed {seed}", flush=True)
             if before:
                 print(f"--- {args.results} has a line of other scripts or flags: trained anew")
             start = time.monotonic()
             folder = folder_of(flags, names, seed, args.results)
-            own = own_code(exercise) if "mine" in names else {}
+            about |= dict(exercise=exercise, flags=flags, folder=str(folder.relative_to(WORK)))
+            about |= own_code(exercise) if "mine" in names else {}
             train(folder, flags, names, seed)
             measures = measures or measure.Measures("digits", WORK / STAGE1)
-            about |= dict(exercise=exercise, flags=flags, folder=str(folder.relative_to(WORK)))
-            about |= measured(folder, flags, measures, seed)
-            about |= dict(time=now(), seconds=round(time.monotonic() - start), **own)
+            about |= measured(folder, flags, measures, seed) | dict(time=now(), seconds=round(time.monotonic() - start))
             measure.add_lines(args.results, about)
             print(f"--- {name}, seed {seed}: {about['seconds']} s", flush=True)
 
-
-# ---- Results: tables, intervals ----------------------------------------------------------------------
 
 # {heading: whether it varies by a factor, so that its logarithm is taken}
 JUDGED = {"FD (classifier)": True, "FD (stage 1)": True, "precision": False, "recall": False}
@@ -293,7 +273,7 @@ def intervals(runs):
     own: it is pooled over rows of one length whose mean FD (classifier) is below `FAR`, or above. Distances: of the log.
     """
     result = {run: {} for run, lines in runs.items() if len(lines) > 1}
-    short = {run: kimg_of(runs[run][0].get("flags", "")) < KIMG / 2 for run in result}
+    short = {run: number_of("kimg", runs[run][0].get("flags", "")) < number_of("kimg", "") / 2 for run in result}
     far = {run: np.mean([line["fd_classifier"] for line in runs[run]]) >= FAR for run in result}
     for kind in itertools.product((False, True), repeat=2):
         group = [run for run in result if (short[run], far[run]) == kind]
@@ -310,18 +290,14 @@ def intervals(runs):
     return result
 
 
-def between(heading, expected):
-    """Text of an interval of `intervals`."""
-    (low, high), (_, form) = expected[heading], measure.COLUMNS[heading]
-    rounded = "{:.0f}" if form == "{:.1f}" and high > 150 else form
-    return f"{rounded.format(low)} to {rounded.format(high)}"
-
-
-def judged(heading, line, expected):
-    """Text: the value of a line, whether it is inside its interval, and the interval."""
+def between(heading, expected, line=None):
+    """Text of an interval of `intervals`; before it the value of a line, if given, and whether that is inside."""
     (low, high), (value, form) = expected[heading], measure.COLUMNS[heading]
-    verdict = "inside" if low <= value(line) <= high else "OUTSIDE"
-    return f"{form.format(value(line))} {verdict} {between(heading, expected)}"
+    rounded = "{:.0f}" if form == "{:.1f}" and high > 150 else form
+    text = f"{rounded.format(low)} to {rounded.format(high)}"
+    if line is None:
+        return text
+    return f"{form.format(value(line))} {'inside' if low <= value(line) <= high else 'OUTSIDE'} {text}"
 
 
 def table(exercise, path, short=False):
@@ -339,20 +315,16 @@ def table(exercise, path, short=False):
         said = "95 % of single runs of one more seed lie in these intervals:"
         cells = {name: [between(heading, ends) for heading in JUDGED] for name, ends in known.items()}
     else:
-        cells = {f"{name}, seed {line['seed']}": [judged(heading, line, ends) for heading in JUDGED]
+        cells = {f"{name}, seed {line['seed']}": [between(heading, ends, line) for heading in JUDGED]
                  for name, ends in known.items() for line in found[name]}
         inside = [" inside " in cell for row in cells.values() for cell in row]
-        said = (f"{sum(inside)} of {len(inside)} cells lie inside the interval of our results, "
-                "which holds 95 % of honest runs:")
+        said = f"{sum(inside)} of {len(inside)} cells lie inside the interval of our results, which holds 95 % of honest runs:"
     text = [measure.table(found, columns)]
     if cells:
         text += [said, measure.markdown(JUDGED, cells)]
     if without := [name for name in found if name not in known]:
         text.append(f"no reference exists for: {', '.join(without)}")
     return "\n\n".join(text)
-
-
-# ---- Predictions and submissions ---------------------------------------------------------------------
 
 
 def now():
@@ -380,14 +352,12 @@ def submit(args, exercises, path):
     for line in lines:
         log = WORK / line.get("folder", "") / "log.jsonl"
         logs[f"{line['run']}-{line['seed']}"] = log.read_text() if log.exists() else None
-    foretold = [line for line in measure.json_lines(path, "exercise")
-                if line["exercise"] == args.exercise]
+    foretold = [line for line in measure.json_lines(path, "exercise") if line["exercise"] == args.exercise]
     content = dict(exercise=args.exercise, time=now(), predictions=foretold, results=lines,
                    diff=diff, hash=changes.fingerprint(changes.texts(ROOT)), logs=logs)
     with files.atomic(args.submit) as part:
         part.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"wrote {args.submit}: {len(lines)} lines, {len(foretold)} predictions, "
-          f"a diff of {len(diff)} characters")
+    print(f"wrote {args.submit}: {len(lines)} lines, {len(foretold)} predictions, a diff of {len(diff)} characters")
 
 
 def main():
@@ -419,8 +389,7 @@ def main():
     path = args.results or REFERENCE
     tables = {name: text for name in exercises if (text := table(name, path, args.short))}
     if not tables:
-        raise UserError(f"{path} holds no results of {' '.join(exercises)}; "
-                        "without --table they are trained and measured")
+        raise UserError(f"{path} holds no results of {' '.join(exercises)}; without --table they are trained and measured")
     for name, text in tables.items():
         print(f"\n{name}\n\n{text}")
 
