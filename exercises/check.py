@@ -33,10 +33,7 @@ FLAGS = [*"--batch 8 --kimg 0.016 --ratio-steps 1 --device cpu --precision fp32 
 
 
 class Watch:
-    """Runs a script for two iterations. Of each network: its start, its last step.
-
-    All is told from the tensors: noised images are samples[i] + sigma * draws[j] for one i and j.
-    """
+    """Runs a script for two iterations: start and last step of each network. Noised images are samples[i] + sigma * draws[j]."""
 
     def __init__(self, script):
         self.draws, self.samples, self.versions, self.made = [], [], [], 0
@@ -62,7 +59,7 @@ class Watch:
 
     def randn(self, original, rt, *shape):
         numbers = original(rt, *shape)
-        if shape:
+        if len(shape) == 3:  # an image
             self.draws.append(numbers.detach().clone())
         return numbers
 
@@ -79,17 +76,15 @@ class Watch:
 
     def draw(self, eps):
         """Number of the draw that `eps` is, or None."""
-        same = (known.shape == eps.shape and torch.allclose(known, eps, rtol=0, atol=1e-4) for known in self.draws)
-        return next((i for i, found in enumerate(same) if found), None)
+        return next((i for i, known in enumerate(self.draws) if torch.allclose(known, eps, rtol=0, atol=1e-4)), None)
 
     def origin(self, x, sigma):
         """(samples, number of the draw) that noised images x [n, C, H, W] consist of, or Nones."""
         s = sigma[:, None, None, None]
         for sample, (j, eps) in itertools.product(reversed(self.samples), enumerate(self.draws)):
-            if eps.shape == x.shape:
-                apart = (sample["images"] + s * eps - x).abs()
-                if (apart <= 1e-5 * (1 + s)).all():  # up to rounding
-                    return sample, j
+            apart = (sample["images"] + s * eps - x).abs()
+            if (apart <= 1e-5 * (1 + s)).all():  # up to rounding
+                return sample, j
         return None, None
 
     def step(self, original, optimizer, lr, objective, *tensors):
@@ -189,8 +184,7 @@ def check_start(script, variant):
 def check_head(script, variant):
     """Exercise 8: only the head of the ratio network is trained."""
     steps = Watch(script).steps
-    parts = {who: sorted({name.split(".")[0] for name in step["moved"]})
-             for who, step in steps.items()}
+    parts = {who: sorted({name.split(".")[0] for name in step["moved"]}) for who, step in steps.items()}
     yield ("parts of the ratio network that move", " and ".join(parts["ratio"]) or "none", "head",
            "which tensors require a gradient in block 1?")
     yield ("generator", "moves" if parts["generator"] else "does not move", "moves",
@@ -200,7 +194,8 @@ def check_head(script, variant):
 F_OF_U = {
     "dijs": lambda u: 0.5 * (u * u.log() - (u + 1) * ((u + 1) / 2).log()), "dikl": lambda u: u * u.log(),
     "dirm": lambda u: (1 + u) * (1 + u).log() - u, "fkl": lambda u: -u.log(),
-    "jeffreys": lambda u: (u - 1) * u.log(), "hellinger": lambda u: (u.sqrt() - 1) ** 2, "lecam": lambda u: (u - 1) ** 2 / (u + 1),
+    "jeffreys": lambda u: (u - 1) * u.log(), "hellinger": lambda u: (u.sqrt() - 1) ** 2,
+    "lecam": lambda u: (u - 1) ** 2 / (u + 1),
 }
 
 
@@ -296,12 +291,10 @@ def check_plane(script, variant):
 
 def check_iteration(student):
     """The loop of plane_blank.py: what each step is told, and which network it moves."""
-    generator, asked, draws, steps = torch.nn.Linear(2, 2), [], [], {}
-
-    class Ratio(plane.Ratio):
-        def forward(self, x, sigma, labels=None):
-            asked.append((x.detach(), sigma))
-            return super().forward(x, sigma)
+    generator, ratio, made, asked, draws, steps = torch.nn.Linear(2, 2), plane.Ratio(8), [], [], [], {}
+    nets = {"generator": generator, "ratio network": ratio}
+    generator.register_forward_hook(lambda net, args, out: made.append(out.detach()))
+    ratio.register_forward_hook(lambda net, args, named, out: asked.append((*args, *named.values())), with_kwargs=True)
 
     def normal():
         draws.append(torch.randn(6, 2))
@@ -309,28 +302,23 @@ def check_iteration(student):
 
     def stepper(name):
         def step(loss):
-            nets = {"generator": generator, "ratio network": ratio} if loss.requires_grad else {}
-            grads = {who: torch.autograd.grad(loss.sum(), weights, retain_graph=True, allow_unused=True)
-                     for who, net in nets.items() if (weights := [p for p in net.parameters() if p.requires_grad])}
-            moved = [who for who, found in grads.items() if any(g is not None for g in found)]
+            if loss.requires_grad:
+                loss.sum().backward(retain_graph=True)
+            moved = [who for who, net in nets.items() if any(p.grad is not None for p in net.parameters())]
+            for net in nets.values():
+                net.zero_grad()
             x, sigma = asked[-1]
-            noise = [i for i, eps in enumerate(draws) if torch.allclose(x, fake.detach() + sigma[:, None] * eps, atol=1e-6)]
+            noise = [i for i, eps in enumerate(draws) if torch.allclose(x, made[-1] + sigma[:, None] * eps, atol=1e-6)]
             steps[name] = " and ".join(moved) or "nothing", noise
         return argparse.Namespace(step=step)
 
-    def G(z):
-        nonlocal fake
-        fake = generator(z)
-        return fake
-
-    ratio, fake, blank = Ratio(8), None, ("nothing", [])
     inputs = torch.randn(6, 2), normal, lambda: torch.rand(6) + 0.1, "dikl"
     try:
-        student["iteration"](G, ratio, stepper("ratio"), stepper("generator"), *inputs)
+        student["iteration"](generator, ratio, stepper("ratio"), stepper("generator"), *inputs)
     except Exception as error:
         yield ("iteration", f"{type(error).__name__}: {str(error)[:200]}", "two steps",
                "is one of its lines still a blank? The message of Python says what was there instead")
-    (of_ratio, first), (of_generator, second) = steps.get("ratio", blank), steps.get("generator", blank)
+    (of_ratio, first), (of_generator, second) = (steps.get(name, ("nothing", [])) for name in ("ratio", "generator"))
     yield "the ratio's step moves", of_ratio, "ratio network", "samples with a graph to the generator move it, too"
     yield "it sees noised samples", bool(first), True, "fake plus sigma times a draw of normal()"
     yield "the generator's step moves", of_generator, "generator", "`generator_loss` of `fake`, which carries the graph"
