@@ -14,7 +14,6 @@ import dataclasses
 import datetime
 import functools
 import itertools
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -26,7 +25,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import project  # noqa: F401
-import fid
 import networks
 import pretrain
 import sample
@@ -35,9 +33,6 @@ import train_diffratio
 from machinery import training
 
 PARTS = ("memory", "correctness", "speed", "compiled")
-LARGE = ("cifar10", "imagenet64", "imagenet512")
-
-# ---- What is measured --------------------------------------------------------------------------------
 
 
 class Batch:
@@ -49,6 +44,10 @@ class Batch:
             self.x, self.z, self.eps, self.eps_fake, self.eps_generator = (torch.randn(shape) for _ in range(5))
             self.sigma, self.sigma_generator = (torch.randn(rt.batch).exp() for _ in range(2))
             self.labels = torch.zeros(rt.batch, dtype=torch.int64) if config.label_dim else None
+
+
+def config_of(preset):
+    return networks.NETWORKS[pretrain.PRESETS[preset]["network"]]
 
 
 def randomise(net):
@@ -126,25 +125,6 @@ def sampling(config, rt, compiled=False, draw=sample.one_step):
 heun = functools.partial(sampling, draw=sample.heun)
 
 
-def inception_shapes():
-    """{name: shape} of the 472 tensors of the Inception weights."""
-    shapes = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
-    for line in Path(__file__).with_name("inception_shapes.txt").read_text().splitlines():
-        name, *shape = line.split()
-        shapes[f"{name}.conv.weight"] = tuple(map(int, shape))
-        for key in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{name}.bn.{key}"] = (int(shape[0]),)
-    return shapes
-
-
-def features(config, rt, compiled=False):
-    """Function that takes the Inception features of a batch, in float32, with weights of one."""
-    net = fid.Inception({k: torch.ones(shape) for k, shape in inception_shapes().items()}, rt.device)
-    pixels = config.img_resolution * (8 if config.architecture == "edm2" else 1)  # the images behind latents
-    images = torch.zeros(rt.batch, pixels, pixels, 3, dtype=torch.uint8, device=rt.device)
-    return lambda: net((fid.resize_tf1(images).permute(0, 3, 1, 2) - 128) / 128)
-
-
 MEASURED = {  # name of the row: the function that prepares it
     "stage 1, step": stage_1,
     "stage 2, iteration": stage_2,
@@ -152,15 +132,11 @@ MEASURED = {  # name of the row: the function that prepares it
     "SiD, iteration": functools.partial(distillation, method="sid"),
     "sampling, one step": sampling,
     "sampling, Heun, 18 steps": heun,
-    "Inception features, fp32": features,
 }
 
 
 def measure(function, device, repeats):
-    """(median seconds, peak memory in GB) of one call of `function`, which was called before.
-
-    The memory is that of tensors on a GPU and of the process on a CPU; NaN where only Linux would tell.
-    """
+    """(median seconds, peak memory in GB) of a call: of tensors on a GPU, of the process on a CPU if Linux tells it, else NaN."""
     module, clear, peak = torch.get_device_module(device), Path("/proc/self/clear_refs"), float("nan")
     module.synchronize()
     if device.type == "cuda":
@@ -178,16 +154,6 @@ def measure(function, device, repeats):
     elif clear.exists():
         peak = int(clear.with_name("status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
     return statistics.median(seconds), peak
-
-
-def hardware(device):
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-    try:
-        name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 class Page:
@@ -216,25 +182,10 @@ class Page:
         self.line(f"| {name} | {' | '.join(map(str, cells))} |")
 
 
-# ---- Memory of stage 2, computed ---------------------------------------------------------------------
-# Fixed: weights, Adam's two moments and the gradients of both networks, the average of the generator (20 bytes a parameter; 12
-# for the ratio network, whose gradients go before the generator's) and the random numbers of a global batch. Per image: what
-# autograd keeps for a batch in one piece under bf16 autocast with CUDA's rules, counted on fake tensors. Not counted: allocator
-# and cuDNN, for which the advice leaves 15 % of the card; `--compile`, which needs less. GB: 10^9.
-
-CARDS = (24, 40, 80)  # GB
-
-
-def network_of(preset):
-    """The configuration of a preset's network in stage 2, without dropout."""
-    return dataclasses.replace(networks.NETWORKS[pretrain.PRESETS[preset]["network"]], dropout=0.0)
-
-
 class CudaRules(TorchFunctionMode):
     """Make the CPU's autocast use float32 where CUDA's does, and GroupNorm the GPU's layout."""
 
-    FLOAT32 = {"group_norm", "layer_norm", "interpolate", "softmax", "softplus", "exp", "log",
-               "pow", "__pow__", "sum", "norm"}
+    FLOAT32 = {"group_norm", "layer_norm", "interpolate", "softmax", "softplus", "exp", "log", "pow", "__pow__", "sum", "norm"}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function.__name__ in self.FLOAT32 and torch.is_autocast_enabled("cpu"):
@@ -263,8 +214,14 @@ def kept_for_backward(net, run):
 
 
 @functools.cache
-def count(config, batch):
-    """(fixed bytes, bytes per image) of stage 2 with these networks and this global batch."""
+def count(preset):
+    """(fixed bytes, bytes per image) of stage 2 with a preset's networks and global batch.
+
+    Fixed: weights, Adam's two moments, gradients and the generator's average: 20 bytes a parameter; 12 for the ratio network,
+    whose gradients go before the generator's; and the random numbers of a batch. Per image: what autograd keeps for a batch in
+    one piece under bf16 autocast with CUDA's rules, on fake tensors. Not counted: allocator, cuDNN, and what `--compile` saves.
+    """
+    config = dataclasses.replace(config_of(preset), dropout=0.0)
     with FakeTensorMode():
         generator, ratio = networks.Denoiser(config), networks.RatioNetwork(config)
 
@@ -275,28 +232,26 @@ def count(config, batch):
             return kept + kept_for_backward(ratio, lambda: train_diffratio.ratio_loss(ratio, x, x, draw.sigma, x, x, labels))
 
         two, four = activations(2), activations(4)
-    numbers = 6 * 4 * batch * config.img_channels * config.img_resolution**2
+    numbers = 6 * 4 * train_diffratio.PRESETS[preset]["batch"] * config.img_channels * config.img_resolution**2
     weights = 20 * networks.parameter_count(generator) + 12 * networks.parameter_count(ratio)
     cast = 2 * two - four  # weights cast to bf16 do not grow with n
     return weights + numbers + cast, (four - two) / 2
 
 
 def images_that_fit(fixed, per_image, card):
-    """The largest power of two of images on a card of so many bytes; 0 if not even one fits."""
+    """The largest power of two of images on a card of so many bytes, less 15 % for allocator and cuDNN; 0 if none fits."""
     n = max(0, int((0.85 * card - fixed) / per_image))
     return 2 ** (n.bit_length() - 1) if n else 0
 
 
 def memory(page, presets):
-    """A table of the memory of stage 2 and the largest `--micro-batch` of some cards."""
-    page.part("Memory of stage 2, computed, and `--micro-batch` by card", ["", "fixed, GB", "per image, GB", *(f"on {card} GB" for card in CARDS)])
+    """A table of the memory of stage 2, and the largest `--micro-batch` on a card of 24, 40 and 80 GB."""
+    page.part("Memory of stage 2, computed; `--micro-batch`", ["", "fixed, GB", "per image, GB", "on 24 GB", "40 GB", "80 GB"])
     for preset in presets:
-        fixed, per_image = count(network_of(preset), train_diffratio.PRESETS[preset]["batch"])
-        fitting = [images_that_fit(fixed, per_image, 1e9 * card) or "none" for card in CARDS]
+        fixed, per_image = count(preset)
+        fitting = [images_that_fit(fixed, per_image, card) or "none" for card in (24e9, 40e9, 80e9)]
         page.row(preset, lambda: [f"{fixed / 1e9:.1f}", f"{per_image / 1e9:.3f}", *fitting])
 
-
-# ---- Correctness -------------------------------------------------------------------------------------
 
 ARCHITECTURES = {"ddpmpp": 32, "ncsnpp": 32, "adm": 64, "edm2": 64}  # base channels
 LIMITS = {"fp32": (1e-4, 1e-3), "bf16": (0.05, 0.2), "fp16": (0.01, 0.05)}  # relative errors: output, gradients
@@ -334,7 +289,7 @@ def network_check(architecture, rt, compiled):
     return verdict(apart([seen], [out]), limits[0]), verdict(apart(seen_grads, grads), limits[1])
 
 
-def correctness(page, rt, compiled=False):
+def correctness(page, rt, compiled):
     """A table of the errors of all architectures in each precision."""
     page.part(f"Relative errors against the CPU in float64{', compiled' * compiled}", ["", "output", "gradients"])
     precisions = ("fp32", "bf16", "fp16") if rt.device.type == "cuda" and not compiled else ("fp32", "bf16")
@@ -344,35 +299,11 @@ def correctness(page, rt, compiled=False):
         page.row(f"{architecture}, {precision}", lambda: network_check(architecture, here, compiled))
 
 
-# ---- Speed -------------------------------------------------------------------------------------------
-
-
-def matrix_rate(rt):
-    """FLOP/s of a large matrix product of random numbers in the precision of training."""
-    n = 8192 if rt.device.type == "cuda" else 2048
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[rt.precision]
-    a, b = (torch.randn(n, n, device=rt.device, dtype=dtype) for _ in range(2))
-    a @ b
-    return 2 * n**3 / measure(lambda: a @ b, rt.device, 10)[0]
-
-
-def batch_of(page, preset, rt):
-    """Images at once in stage 2, at most 512, by `count`; a line says what it counted."""
-    if rt.device.type == "cpu":
-        return 32
-    fixed, per_image = count(network_of(preset), 2048)
-    card = torch.cuda.get_device_properties(rt.device).total_memory
-    n = min(512, images_that_fit(fixed, per_image, card) or 1)
-    page.line(f"| {preset}: memory of stage 2 with {n} images, computed | | | | | {(fixed + n * per_image) / 1e9:.1f} |")
-    return n
-
-
-def speed(page, rt, presets, batch, repeats, compiled=False):
+def speed(page, rt, presets, batch, repeats, compiled):
     """A table of the time and memory of what trains and samples, preset by preset."""
-    rate = matrix_rate(rt)
-    page.part(f"Speed{', compiled' * compiled} ({rt.precision}; matrix products run at {rate / 1e12:.3g} TFLOP/s)",
-              ["", "images/s", "seconds", "TFLOP/s", "share of the matrix rate", "peak memory, GB"])
-    layouts = {", channels-last": lambda *_: torch.channels_last, ", NCHW": lambda *_: torch.contiguous_format}
+    page.part(f"Speed{', compiled' * compiled} ({rt.precision})", ["", "images/s", "seconds", "TFLOP/s", "peak memory, GB"])
+    both = {", channels-last": lambda *_: torch.channels_last, ", NCHW": lambda *_: torch.contiguous_format}
+    on_gpu = rt.device.type == "cuda"
 
     def cells(prepare, config, here):
         torch.manual_seed(0)
@@ -384,18 +315,20 @@ def speed(page, rt, presets, batch, repeats, compiled=False):
             function = prepare(config, here, compiled)
             function()
         seconds, peak = measure(function, rt.device, 1 if prepare is heun else repeats)
-        flops = counter.get_total_flops() / seconds
-        rates = f"{here.batch / seconds:.4g}", f"{seconds:.3g}", f"{flops / 1e12:.3g}"
-        return (*rates, f"{100 * flops / rate:.0f} %", f"{peak:.1f}")
+        teraflops = counter.get_total_flops() / seconds / 1e12
+        return f"{here.batch / seconds:.4g}", f"{seconds:.3g}", f"{teraflops:.3g}", f"{peak:.1f}"
 
     for preset in presets:
-        config = networks.NETWORKS[pretrain.PRESETS[preset]["network"]]
-        here = dataclasses.replace(rt, batch=batch or batch_of(page, preset, rt), micro_batch=None)
+        config, n = config_of(preset), batch or 32
+        if on_gpu and not batch:
+            card = torch.cuda.get_device_properties(rt.device).total_memory
+            n = min(512, images_that_fit(*count(preset), card) or 1)
+        here = dataclasses.replace(rt, batch=n, micro_batch=None)
         for name, prepare in MEASURED.items():
-            if compiled and prepare in (features, heun):
-                continue  # one is not compiled, the other is one step 35 times
-            tried = layouts if rt.device.type == "cuda" and prepare in (stage_1, stage_2) else {"": networks.memory_format}
-            for layout, function in tried.items():
+            if compiled and prepare is heun:
+                continue  # it is one step 35 times
+            layouts = both if on_gpu and prepare in (stage_1, stage_2) else {"": networks.memory_format}
+            for layout, function in layouts.items():
                 with mock.patch.object(networks, "memory_format", function):
                     page.row(f"{preset}, {here.batch} images: {name}{layout}", lambda: cells(prepare, config, here))
 
@@ -413,11 +346,12 @@ def main():
                         help="memory, speed: whose networks (default: cifar10 imagenet64 imagenet512; on a CPU fashion-mnist)")
     args = parser.parse_args()
     rt = training.start(args.device, args.precision, alone=True)
-    on_gpu = rt.device.type == "cuda"
-    presets = args.preset or (LARGE if on_gpu else ("fashion-mnist",))
-    parts = args.parts or (PARTS if on_gpu else PARTS[1:3])
-    page = Page(args.out)
-    page.line(f"{hardware(rt.device)}; PyTorch {torch.__version__}, Python {platform.python_version()}; {datetime.date.today()}")
+    if rt.device.type == "cuda":
+        parts, presets, name = PARTS, ("cifar10", "imagenet64", "imagenet512"), torch.cuda.get_device_name(rt.device)
+    else:
+        parts, presets, name = PARTS[1:3], ("fashion-mnist",), f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+    parts, presets, page = args.parts or parts, args.preset or presets, Page(args.out)
+    page.line(f"{name}; PyTorch {torch.__version__}, {torch.get_num_threads()} threads; {datetime.date.today()}")
     for part in parts:
         compiled = part == "compiled"
         if part == "memory":

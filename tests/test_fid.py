@@ -17,7 +17,6 @@ from scipy.spatial.distance import cdist
 from test_data import make
 
 import fid
-from gpu import inception_shapes  # in exercises/
 from machinery import data, training
 from machinery.files import UserError
 
@@ -25,6 +24,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # more threads slow small pr
 NETWORK = ROOT / "assets" / "digits-stage1.pt"
 ONE_RANK = training.Runtime(torch.device("cpu"))
 PAIRS = ("kid_mean", "kid_std", "precision", "recall")
+
+
+def inception_shapes():
+    """{name: shape} of the 472 tensors of the Inception weights."""
+    shapes = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
+    for line in (ROOT / "tests" / "inception_shapes.txt").read_text().splitlines():
+        name, *shape = line.split()
+        shapes[f"{name}.conv.weight"] = tuple(map(int, shape))
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.bn.{key}"] = (int(shape[0]),)
+    return shapes
 
 
 @pytest.fixture(scope="session")
