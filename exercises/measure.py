@@ -9,17 +9,20 @@ data with it. Compare distances of equal numbers of images only. None is an FID,
     python exercises/measure.py fashion-mnist "one step=seed-0.npz" "one step=seed-1.npz"     mean and deviation of two seeds
 """
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import project  # noqa: F401
-import classifier
 import fid
 from machinery import data, files, training
 
+VERSION = 3  # of the classifier's cached weights; raise it when the network or its training changes
 NEAREST = 2000  # images whose nearest neighbour among all training images is looked for
 
 
@@ -62,6 +65,84 @@ def distance(extractor, a, b):
     return fid.frechet_distance(*(fid.Statistics.of(x, extractor.tag) for x in (a, b)))
 
 
+class Classifier(nn.Module):
+    """Images x [N, C, H, W] in [-1, 1] -> logits [N, classes]; `features(x)`: [N, 64].
+
+    A distance in the features of stage 1 judges a generator by the network from which it started. This one knows only images
+    and labels. It is trained in a minute and kept in the cache folder.
+    """
+
+    def __init__(self, channels, resolution, classes):
+        super().__init__()
+        if channels == 1:
+            stride = 1 if resolution < 16 else 2
+            layers = [nn.Conv2d(1, 32, 5, stride, padding=2), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, padding=1), nn.ReLU()]
+            size = 64 * (-(-resolution // (2 * stride))) ** 2
+        else:
+            layers, size = [], 128 * (resolution // 8) ** 2
+            for a, b in ((channels, 32), (32, 64), (64, 128)):
+                layers += nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(size, 64), nn.ReLU())
+        self.out = nn.Linear(64, classes)
+
+    def forward(self, x):
+        return self.out(F.dropout(self.features(x), 0.3, self.training))
+
+
+def train_classifier(dataset, images, seed=0, batch=100, device="cpu"):
+    """A trained `Classifier`. Coloured images are mirrored and shifted by up to 4 pixels."""
+    torch.manual_seed(training.seed_of(seed, "classifier"))
+    net = Classifier(dataset.channels, dataset.resolution, dataset.label_dim).to(device).train()
+    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, images // batch)
+    batches = data.Batches(dataset, training.Runtime(torch.device("cpu"), batch=batch), seed)
+    for _ in range(images // batch):
+        raw, labels = next(batches)
+        x = dataset.to_model(raw, "cpu").to(device)
+        if dataset.channels > 1:
+            (dy, dx), flip = torch.randint(9, (2,)).tolist(), torch.rand(len(x), 1, 1, 1, device=device) < 0.5
+            x = F.pad(torch.where(flip, x.flip(3), x), (4, 4, 4, 4))[:, :, dy : dy + x.shape[2], dx : dx + x.shape[3]]
+        F.cross_entropy(net(x), labels.to(device)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return net.eval().requires_grad_(False)
+
+
+def load_classifier(dataset, images=None, device="cpu"):
+    """The classifier of a labelled data set on `device`, from the cache folder if it was trained before."""
+    if not dataset.label_dim:
+        raise files.UserError(f"{dataset.name}: has no labels, and a classifier needs them")
+    images = images or max(100_000, (4 if dataset.channels == 1 else 6) * len(dataset))
+    labels = hashlib.sha256(dataset.labels.tobytes()).hexdigest()
+    key = hashlib.sha256(f"{VERSION} {images} {dataset.fingerprint()} {labels}".encode()).hexdigest()[:16]
+    path = files.cache_dir() / "classifiers" / f"{key}.pt"
+    if not path.exists():
+        net = train_classifier(dataset, images, device=device)
+        files.save_checkpoint({"kind": "classifier", "state": net.state_dict()}, path)
+    net = Classifier(dataset.channels, dataset.resolution, dataset.label_dim).to(device).eval().requires_grad_(False)
+    with files.reading(path, "a classifier", "delete it and it is trained again"):
+        net.load_state_dict(files.load_checkpoint(path)["state"])
+    return net
+
+
+@torch.no_grad()
+def predict(net, images):
+    """Classes int64 [N] of uint8 images [N, H, W, C]."""
+    x = torch.tensor(images).permute(0, 3, 1, 2)  # a copy, as a data set may be read-only
+    parts = x.to(net.out.weight.device).split(500)
+    return torch.cat([net(part / 127.5 - 1).argmax(dim=1) for part in parts]).cpu().numpy()
+
+
+def classifier_view(net, dataset):
+    """The features of the classifier of `dataset` for the distances of fid.py."""
+    def function(images):
+        return net.features(images.permute(0, 3, 1, 2) / 127.5 - 1), None
+
+    name = f"the classifier of {dataset.name}"  # not for `fid.reference_statistics`: it does not tell the weights
+    return fid.Extractor(name, name, net.out.in_features, dataset.images.shape[1:], net.out.weight.device, function)
+
+
 class Measures:
     """The measures of samples of one data set. `measures(images)` is a dict of numbers.
 
@@ -74,13 +155,13 @@ class Measures:
         test = test or (f"{name}:test" if name in ("fashion-mnist", "cifar10") else None)
         self.train.require_labels()  # numbers the classes as training with --cond does
         self.has_test, self.reference = bool(test), data.load(test) if test else self.train
-        self.classifier = classifier.load(self.train, device=rt.device)
-        self.views = {"classifier": classifier.extractor(self.classifier, self.train)}
+        self.classifier = load_classifier(self.train, device=rt.device)
+        self.views = {"classifier": classifier_view(self.classifier, self.train)}
         if pretrained:
             self.views["stage1"] = fid.network_features(rt, str(pretrained))
         self.check(self.train, self.reference)
         self.known = self.pixels(self.train.images)
-        self.held = self.all_features(self.reference.images)
+        self.held = self.features(chosen(self.reference.images))
 
     def check(self, *datasets):
         """Raise `UserError` for images of which the two networks have no features."""
@@ -90,16 +171,9 @@ class Measures:
     def pixels(self, images):
         return torch.tensor(images).to(self.device).flatten(1).float()
 
-    def features(self, view, images):
-        """`features` of the view "classifier" or "stage1"."""
-        return features(self.views[view], images)
-
-    def all_features(self, images):
-        return {view: self.features(view, chosen(images)) for view in self.views}
-
-    def distance(self, view, ours, held=None):
-        """`distance` of features [n, d] from `held` [m, d], by default those of the reference."""
-        return distance(self.views[view], ours, self.held[view] if held is None else held)
+    def features(self, images):
+        """{"classifier" or "stage1": features [n, d]} of images uint8 [n, H, W, C]."""
+        return {view: features(extractor, images) for view, extractor in self.views.items()}
 
     def nearest(self, images, skip_self=False):
         """Root mean square difference in grey levels to the nearest training image, [n], of the first `NEAREST` images."""
@@ -114,20 +188,19 @@ class Measures:
         return {"nearest": found.median().item(), "nearest_low": found.quantile(0.01).item()}
 
     def __call__(self, images, labels=None, held=None, kid=True):
-        """images uint8 [N, H, W, C], classes asked for int [N] or None -> {measure: number}.
+        """images uint8 [N, H, W, C], classes asked for int [N] or None -> {measure: number}. KID takes the longest.
 
         held: {view: features} to compare with instead of those of the reference.
-        kid: whether to compute KID, which takes the longest.
         """
         images, labels = chosen(images), labels if labels is None else chosen(labels)
         result = {"images": len(images)}
-        for view, ours in self.all_features(images).items():
+        for view, ours in self.features(images).items():
             theirs = (held or self.held)[view]
-            result[f"fd_{view}"] = self.distance(view, ours, theirs)
+            result[f"fd_{view}"] = distance(self.views[view], ours, theirs)
             if kid:
                 result[f"kid_{view}"], result[f"kid_std_{view}"] = fid.kernel_distance(theirs, ours)
             result[f"precision_{view}"], result[f"recall_{view}"] = fid.precision_recall(theirs, ours)
-        found = classifier.predict(self.classifier, images)
+        found = predict(self.classifier, images)
         shares = np.bincount(found, minlength=self.train.label_dim) / len(found)
         result |= self.memory(images) | {"shares": [round(share, 4) for share in shares.tolist()]}
         if labels is not None:
@@ -135,18 +208,14 @@ class Measures:
         return result
 
     def floors(self):
-        """{name: measures} of the data itself: what new images of the same kind would show.
-
-        Where there is a test set, distances to the nearest training image and accuracy are those of the test images.
-        """
-        if self.has_test:
+        """{name: measures} of the data itself: what new images of the same kind would show."""
+        if self.has_test:  # distances to the nearest training image and accuracy are those of the test images
             row = self(chosen(self.train.images, len(self.reference)))
             if self.reference.label_dim == self.train.label_dim:
-                found = classifier.predict(self.classifier, self.reference.images)
-                row["accuracy"] = float((found == self.reference.labels).mean())
+                row["accuracy"] = float((predict(self.classifier, self.reference.images) == self.reference.labels).mean())
             return {"data: training against test images": row | self.memory(self.reference.images)}
         a, b = (chosen(self.train.images[half]) for half in halves(len(self.train)))
-        row = self(a, held=self.all_features(b)) | self.memory(a, skip_self=True)
+        row = self(a, held=self.features(b)) | self.memory(a, skip_self=True)
         return {"data: one half against the other": row}
 
 

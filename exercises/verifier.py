@@ -8,7 +8,7 @@ with 80 % of the data. A last tenth judges (of Fashion-MNIST the test set). The 
     python exercises/verifier.py --network "mine/{seed}/network.pt" --ratio "mine/{seed}/ratio.pt" --results mine.jsonl
     python exercises/verifier.py --data fashion-mnist --seeds 3 --recipes blind "as trained"      without any training
 
-Adds lines of JSON to --results. A recipe that has its lines there is not measured again: without --results none is.
+A recipe that has its lines of JSON in --results is not measured again: without --results none is.
 """
 
 import argparse
@@ -33,7 +33,6 @@ DATA = {  # images that are measured; of training on: samples to learn from, ste
     "digits": dict(samples=1797, pool=7372, steps=600),
     "fashion-mnist": dict(samples=2000, pool=18_000, steps=1500),
 }
-LR, BATCH = 3e-4, 128  # of training on
 RECIPES = ("blind", "as trained", "trained on")
 
 
@@ -58,13 +57,13 @@ def logits(ratio, images, sigma, seed):
 def train_on(ratio, real, fake, steps, settings, seed):
     """A copy of `ratio`, trained further to tell images `real` from samples `fake` [n, C, H, W] of a frozen generator."""
     ratio, shape = copy.deepcopy(ratio).train().requires_grad_(True), real.shape[1:]
-    rt = training.Runtime(torch.device("cpu"), batch=BATCH)
+    rt = training.Runtime(torch.device("cpu"), batch=128)
     optimizer = training.Optimizer(ratio, rt, (0.0, 0.999))
     for step in range(1, steps + 1):
         rt.seed(seed, step, "verifier")
         a, b = (images[(rt.rand() * len(images)).long()] for images in (real, fake))
         batch = a, b, train_diffratio.noise_levels(settings, rt), rt.randn(*shape), rt.randn(*shape)
-        optimizer.step(LR, lambda *tensors: train_diffratio.ratio_loss(ratio, *tensors), *batch)
+        optimizer.step(3e-4, lambda *tensors: train_diffratio.ratio_loss(ratio, *tensors), *batch)
     return ratio.eval()
 
 
@@ -94,15 +93,15 @@ def weighted(features, weights, tag):
 def worth(measures, features, nearest, chosen, weights):
     """{measure: number} of the candidates `chosen` [n], and of all K with their `weights` [n, K].
 
-    features: {view: [n, 16, d]} of all candidates, nearest [m, 16]: their distances to the nearest training image.
+    features: {view: [n, 16, d]} of all candidates, nearest [n, 16]: their distances to the nearest training image.
     """
-    rows, m = torch.arange(len(chosen)), len(nearest)
-    result = {"nearest": nearest[rows[:m], chosen[:m]].median().item()}
+    rows = torch.arange(len(chosen))
+    result = {"nearest": nearest[rows, chosen].median().item()}
     for view, each in features.items():
-        held, tag = measures.held[view], measures.views[view].tag
-        result[f"fd_{view}"] = measures.distance(view, each[rows, chosen])
-        ours = weighted(each[:, : weights.shape[1]].flatten(0, 1), weights.flatten(), tag)
-        theirs = weighted(held, torch.ones(len(held)), tag)
+        held, extractor = measures.held[view], measures.views[view]
+        result[f"fd_{view}"] = measure.distance(extractor, each[rows, chosen], held)
+        ours = weighted(each[:, : weights.shape[1]].flatten(0, 1), weights.flatten(), extractor.tag)
+        theirs = weighted(held, torch.ones(len(held)), extractor.tag)
         result[f"average_{view}"] = fid.frechet_distance(ours, theirs)
     return result
 
@@ -111,14 +110,13 @@ def sweep(args, seed, path, ratio_path, shared, recipes):
     """Yield the lines of each of `recipes`, which begin with `shared`: at each noise level, for each K."""
     net = checkpoints.load_network(path, role="generator")
     ratio = sample.load_ratio(ratio_path, net, path)
-    dataset, own, config = data.load(args.data), DATA[args.data], net.config
-    wanted = dataset.resolution, dataset.channels, 0
-    if (config.img_resolution, config.img_channels, config.label_dim) != wanted:
-        raise UserError(f"{path}: a generator of other images than {args.data}, or with classes")
     measures = measure.Measures(args.data, args.pretrained)
+    dataset, own, config = measures.train, DATA[args.data], net.config
+    if (config.img_resolution, config.img_channels, config.label_dim) != (dataset.resolution, dataset.channels, 0):
+        raise UserError(f"{path}: a generator of other images than {args.data}, or with classes")
     order = torch.randperm(len(dataset), generator=training.rng("cpu", seed, "split")).numpy()
     train, judged = order[: len(order) * 8 // 10], order[len(order) * 9 // 10 :]
-    judges = (measures.reference, range(2000)) if measures.has_test else (dataset, judged[:2000])
+    judges = (measures.reference, range(2000)) if measures.has_test else (dataset, judged)
     known, new = (source.to_model(source.batch(part)[0], "cpu") for source, part in ((dataset, train), judges))
     nets = {"blind": networks.RatioNetwork(ratio.config).eval(), "as trained": ratio}  # the head of the first is still zero
     if "trained on" in recipes:
@@ -127,9 +125,10 @@ def sweep(args, seed, path, ratio_path, shared, recipes):
         fake = draw_candidates(net, range(10**6, 10**6 + own["pool"]), seed, 1)[:, 0]
         nets["trained on"] = train_on(ratio, known, fake, own["steps"], noise, seed)
 
-    candidates = draw_candidates(net, range(args.samples), seed, max(CANDIDATES))
-    columns = [data.to_uint8(candidates[:, k]) for k in range(max(CANDIDATES))]
-    features = {view: torch.stack([measures.features(view, x) for x in columns], dim=1) for view in measures.views}
+    candidates = draw_candidates(net, range(own["samples"]), seed, max(CANDIDATES))
+    columns = [data.to_uint8(x) for x in candidates.unbind(dim=1)]
+    found = [measures.features(x) for x in columns]
+    features = {view: torch.stack([each[view] for each in found], dim=1) for view in measures.views}
     nearest = torch.stack([measures.nearest(x) for x in columns], dim=1)
     for recipe in recipes:
         lines = []
@@ -164,15 +163,13 @@ def main():
         ratio=(f"{ASSETS}/{{data}}-ratio.pt", "its ratio network, in the same way"),
         pretrained=(f"{ASSETS}/{{data}}-stage1.pt", "stage-1 network for FD (stage 1)"),
         seeds=(1, "seeds 0 to N - 1"),
-        samples=(None, "images that are measured (default: that of the data)", training.number("4 or more", int, 4)),
         results=(str(HERE / "results" / "verifier.jsonl"), "JSON lines to add to")))
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES, metavar="NAME", help="%(choices)s")
     args = parser.parse_args()
-    args.samples = args.samples or DATA[args.data]["samples"]
     args.pretrained = args.pretrained.replace("{data}", args.data)
     for seed in range(args.seeds):
         paths = [path.replace("{data}", args.data).replace("{seed}", str(seed)) for path in (args.network, args.ratio)]
-        shared = {"data": args.data, "samples": args.samples, "seed": seed}
+        shared = {"data": args.data, "samples": DATA[args.data]["samples"], "seed": seed}
         for name, path in zip(("network", "ratio"), paths):
             with files.reading(path, "a network"):
                 shared[name] = files.file_hash(path)[:16]

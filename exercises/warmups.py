@@ -1,10 +1,10 @@
 """Warm-ups: what can be seen of the method in seconds, without training.
 
-`wrong-loss` is a closed form. `log`, `calibration` and `reliability` read the generator and the ratio network in assets/.
-`one-step` and `price` also need the stage-1 network of `make demo`. exercises/00-warm-ups.md says what to expect.
+`wrong-loss` is a closed form. `log`, `calibration` and `reliability` read the generator and the ratio network in assets/,
+`one-step` and `price` the stage-1 network there. exercises/00-warm-ups.md says what to expect.
 
-    python exercises/warmups.py                        the first four, less than a minute
-    python exercises/warmups.py all --seeds 3          all six; the seeds are those of the noise, never of a training
+    python exercises/warmups.py --seeds 3              the first four; the seeds are those of the noise, never of a training
+    python exercises/warmups.py one-step price         the last two
     python exercises/warmups.py log --log runs/digits/dijs/log.jsonl
 """
 
@@ -13,7 +13,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from project import ROOT
@@ -28,6 +27,7 @@ from train_diffratio import DIVERGENCES
 
 GRID = torch.linspace(-12, 12, 20001, dtype=torch.float64)
 THETA, STD_P = 0.7, 1.5
+
 
 def log_normal(x, mean, std):
     return -((x - mean) ** 2) / (2 * std**2) - math.log(std * math.sqrt(2 * math.pi))
@@ -55,21 +55,12 @@ def wrong_loss(seed, args=None):
     for name, loss in DIVERGENCES.items():
         f = check.F_OF_U[name]  # of u = q/p: D_f(q || p) = E_p[f(u)]
         wrong = pathwise_gradient(lambda h: f((-h).exp()) / (-h).exp())
-        right, exact = pathwise_gradient(loss), exact_gradient(f)
-        rows.append({"divergence": name, "f(u)/u": wrong, "f'(u)": right, "d/dtheta of the divergence": exact})
+        rows.append({"divergence": name, "f(u)/u": wrong, "f'(u)": pathwise_gradient(loss),
+                     "d/dtheta of the divergence": exact_gradient(f)})
     return rows
 
 
-# ---- Reading a ratio network -------------------------------------------------------------------------
-
-
-def real_digits():
-    """[1797, 1, 8, 8] in [-1, 1]."""
-    dataset = data.load("digits")
-    return dataset.to_model(dataset.batch(np.arange(len(dataset)))[0], "cpu")
-
-
-RATIO = str(ROOT / "assets" / "digits-ratio.pt")
+RATIO, STAGE1 = (str(ROOT / "assets" / f"digits-{name}.pt") for name in ("ratio", "stage1"))
 FRESH = 1_000_000  # seeds of the samples begin here
 
 
@@ -78,6 +69,12 @@ def fresh_samples(seed, n=1797):
     """Samples [n, 1, 8, 8] of the generator in assets/, of noise that no training has used."""
     net = checkpoints.load_network(sample.DIGITS, role="generator")
     return torch.cat([x for x, _ in sample.in_batches(net, range(n), FRESH + seed, "cpu", 600)])
+
+
+def ratio_and_images(seed):
+    """The ratio network in assets/, the digits and as many fresh samples [1797, 1, 8, 8] in [-1, 1]."""
+    dataset = data.load("digits")
+    return checkpoints.load_network(RATIO), dataset.to_model(torch.tensor(dataset.images), "cpu"), fresh_samples(seed)
 
 
 @torch.no_grad()
@@ -89,38 +86,36 @@ def logits(ratio, x, sigma, seed):
 
 
 def both_logits(seed, noises):
-    """Iterator over (sigma, logits of the data, logits of fresh samples), each [1797], once per draw of the noise."""
-    ratio, real, fake = checkpoints.load_network(RATIO), real_digits(), fresh_samples(seed)
+    """Noise levels as in training, logits of the data and of fresh samples, each [1797 * noises]."""
+    (ratio, real, fake), draws = ratio_and_images(seed), []
     for key in range(100 * seed, 100 * seed + noises):
-        sigma = (torch.randn(len(real), generator=training.rng("cpu", key, "warm-up levels")) * 1.2 - 1.2).exp()  # as in stage 2
-        yield sigma, logits(ratio, real, sigma, 2 * key), logits(ratio, fake, sigma, 2 * key + 1)
+        sigma = (torch.randn(len(real), generator=training.rng("cpu", key, "warm-up levels")) * 1.2 - 1.2).exp()
+        draws.append((sigma, logits(ratio, real, sigma, 2 * key), logits(ratio, fake, sigma, 2 * key + 1)))
+    return map(torch.cat, zip(*draws))
 
 
 def read_log(seed, args):
-    """ln 2 - cross-entropy bounds the Jensen-Shannon divergence from below (nats; at most ln 2 = 0.693).
-
-    Noise levels as in training. `right`: share told apart, of the data and of fresh samples; 0.5 is blind.
-    """
-    sigma, h_real, h_fake = (torch.cat(each) for each in zip(*both_logits(seed, args.noises)))
+    """ln 2 - cross-entropy bounds the Jensen-Shannon divergence from below (nats; at most ln 2 = 0.693)."""
+    sigma, h_real, h_fake = both_logits(seed, args.noises)
     unused = dict(generator_loss=torch.zeros(()), gradient=torch.ones(1, 5))
-    sums = dict(unused, bands=training.band_sums(sigma, h_real, h_fake))
-    bands = training.stage2_line(sums, 1)[0]["bands"]
-    right = torch.stack([h_real > 0, h_fake < 0]).float()
+    bands = training.stage2_line(dict(unused, bands=training.band_sums(sigma, h_real, h_fake)), 1)[0]["bands"]
+    right = torch.stack([h_real > 0, h_fake < 0])  # 0.5 is blind
     shares = (training.by_band(sigma, right) / training.by_band(sigma, torch.ones_like(right))).T.tolist()
     rows, last = [], {}
     if args.log:
         with reading(args.log, "a log.jsonl of stage 2", "give the one beside a ratio.pt"):
             last = json.loads(Path(args.log).read_text().splitlines()[-1])["bands"]
     for (band, found), (of_data, of_samples) in zip(bands.items(), shares):
-        row = {"sigma": band, "right, data": of_data, "right, samples": of_samples, "right": found["accuracy"]}
-        row["ln 2 - cross-entropy"] = math.log(2) - found["loss"]
-        rows.append({**row, "in the log": math.log(2) - last[band]["loss"]} if band in last else row)
+        rows.append({"sigma": band, "right, data": of_data, "right, samples": of_samples, "right": found["accuracy"],
+                     "ln 2 - cross-entropy": math.log(2) - found["loss"]})
+        if band in last:
+            rows[-1]["in the log"] = math.log(2) - last[band]["loss"]
     return rows
 
 
 def calibration(seed, args):
     """E_q[exp h] = 1 if h = ln p/q, since the integral of q p/q is that of p; and E_p[exp(-h)] = 1."""
-    ratio, real, fake, rows = checkpoints.load_network(RATIO), real_digits(), fresh_samples(seed), []
+    (ratio, real, fake), rows = ratio_and_images(seed), []
     for level in (0.05, 0.2, 0.5, 2.0):
         sigma, keys = torch.full((len(real),), level), range(100 * seed, 100 * seed + args.noises)
         of_q = torch.cat([logits(ratio, fake, sigma, 2 * key).exp() for key in keys]).mean().item()
@@ -131,7 +126,7 @@ def calibration(seed, args):
 
 def reliability(seed, args, bins=(0.0, 0.45, 0.48, 0.5, 0.52, 0.55, 1.0)):
     """Where the network says "data with probability P", how often is it data? Noise levels as in training."""
-    _, h_real, h_fake = (torch.cat(each) for each in zip(*both_logits(seed, args.noises)))
+    _, h_real, h_fake = both_logits(seed, args.noises)
     probability = torch.cat([h_real, h_fake]).sigmoid()
     is_data = torch.cat([torch.ones_like(h_real), torch.zeros_like(h_fake)])
     rows = []
@@ -144,13 +139,14 @@ def reliability(seed, args, bins=(0.0, 0.45, 0.48, 0.5, 0.52, 0.55, 1.0)):
 
 # ---- Sampling: distances of 898 samples from the 1797 digits -----------------------------------------
 
-STAGE1 = ROOT / "assets" / "digits-stage1.pt"
+measures = functools.cache(lambda: measure.Measures("digits", STAGE1))  # made when first asked for
 
 
-def distances(measures, x):
-    """{features: Fréchet distance of images x [n, 1, 8, 8] from the digits}."""
-    names = {"FD (classifier)": "classifier", "FD (stage 1)": "stage1"}
-    return {name: measures.distance(view, measures.features(view, data.to_uint8(x))) for name, view in names.items()}
+def distances(x):
+    """{heading: Fréchet distance of images x [n, 1, 8, 8] from the digits}."""
+    known, ours = measures(), measures().features(data.to_uint8(x))
+    found = [measure.distance(known.views[view], ours[view], known.held[view]) for view in ("classifier", "stage1")]
+    return dict(zip(("FD (classifier)", "FD (stage 1)"), found))
 
 
 def noise(seed, n=898):
@@ -161,46 +157,37 @@ def noise(seed, n=898):
 @torch.no_grad()
 def one_step(seed, args):
     """One step of the untrained network, D(t z; t): which t is the best start, and is it the paper's 2.5?"""
-    levels = (0.3, 0.5, 0.7, 1.0, 1.5, 2.5, 5.0, 20.0, 80.0)
-    return [{"t": t, **distances(args.measures, sample.one_step(args.net, noise(seed), None, t))} for t in levels]
+    net, levels = checkpoints.load_network(STAGE1), (0.3, 0.5, 0.7, 1.0, 1.5, 2.5, 5.0, 20.0, 80.0)
+    return [{"t": t, **distances(sample.one_step(net, noise(seed), None, t))} for t in levels]
 
 
 def price(seed, args):
     """Heun with few steps against one step of the generator in assets/."""
-    z = noise(seed)
-    drawn = {f"Heun, {steps} steps": (2 * steps - 1, sample.heun(args.net, z, steps=steps)) for steps in (3, 5, 9, 18)}
+    net, z = checkpoints.load_network(STAGE1), noise(seed)
+    drawn = {f"Heun, {steps} steps": (2 * steps - 1, sample.heun(net, z, steps=steps)) for steps in (3, 5, 9, 18)}
     drawn["one step, after stage 2"] = 1, fresh_samples(seed, len(z))
-    return [{"sampler": name, "evaluations": float(cost), **distances(args.measures, x)} for name, (cost, x) in drawn.items()]
+    return [{"sampler": name, "evaluations": float(cost), **distances(x)} for name, (cost, x) in drawn.items()]
 
 
-SAMPLING = {"one-step": one_step, "price": price}
-EVERY = {"wrong-loss": wrong_loss, "log": read_log, "calibration": calibration, "reliability": reliability, **SAMPLING}
-
-
-def table(seeds):
-    """The rows of each seed as one table in Markdown. The first value of a row is its name."""
-    rows = {" ".join(map(str, next(iter(same[0].items())))): same for same in zip(*seeds)}
-    headings = list(seeds[0][0])[1:]
-    return measure.table(rows, {heading: (lambda row, key=heading: row[key], "{:.4g}") for heading in headings})
+EVERY = {"wrong-loss": wrong_loss, "log": read_log, "calibration": calibration, "reliability": reliability,
+         "one-step": one_step, "price": price}
 
 
 def main():
     parser = training.Parser(__doc__, dict(
         seeds=(1, "seeds of the noise, 0 to N - 1"),
         noises=(10, "draws of noise per image, of those that read a ratio network"),
-        log=(None, "a log.jsonl of stage 2, to print beside the table `log`", str),
-        pretrained=(str(STAGE1), "the stage-1 network of the last two")))
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of {', '.join(EVERY)}")
+        log=(None, "a log.jsonl of stage 2, to print beside the table `log`", str)))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(EVERY)} (default: the first four)")
     args = parser.parse_args()
-    names = list(EVERY if "all" in args.names else args.names or [name for name in EVERY if name not in SAMPLING])
-    if unknown := set(names) - set(EVERY):
-        parser.error(f"{min(unknown)}: unknown; choose among all, {', '.join(EVERY)}")
-    if set(names) & set(SAMPLING):
-        args.measures = measure.Measures("digits", args.pretrained)
-        args.net = checkpoints.load_network(args.pretrained, role="denoiser")
-    for name in names:
+    if unknown := set(args.names) - set(EVERY):
+        parser.error(f"{min(unknown)}: unknown; choose among {', '.join(EVERY)}")
+    for name in args.names or list(EVERY)[:4]:
         seeds = [EVERY[name](seed, args) for seed in range(1 if name == "wrong-loss" else args.seeds)]
-        print(f"\n{name}: {EVERY[name].__doc__.strip().splitlines()[0]}\n\n{table(seeds)}", flush=True)
+        first, *headings = seeds[0][0]  # the first value of a row is its name
+        rows = {f"{first} {same[0][first]}": same for same in zip(*seeds)}
+        columns = {heading: (lambda row, key=heading: row[key], "{:.4g}") for heading in headings}
+        print(f"\n{name}: {EVERY[name].__doc__}\n\n{measure.table(rows, columns)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import changes
-import classifier
 import demo
 import measure
 import numpy as np
@@ -34,7 +33,7 @@ def brief_classifiers(tmp_path_factory):
     """Classifiers are trained briefly and kept apart from the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFRATIO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(classifier.load, "__defaults__", (20_000, "cpu"))
+        patch.setattr(measure.load_classifier, "__defaults__", (20_000, "cpu"))
         yield
 
 
@@ -53,7 +52,7 @@ def work(tmp_path, monkeypatch, stage1):
 
     (tmp_path / run.STAGE1).parent.mkdir(parents=True)
     shutil.copy(stage1 / "network.pt", tmp_path / run.STAGE1)
-    brief = dict(COMMON=f"{run.COMMON} {SHORT}", KIMG=0.064, ONE_LEVEL=SHORT, SAMPLES=300)
+    brief = dict(COMMON=f"{run.COMMON} {SHORT}", ONE_LEVEL=SHORT, SAMPLES=300)
     for name, value in dict(brief, WORK=tmp_path, call=call).items():
         monkeypatch.setattr(run, name, value)
     monkeypatch.chdir(tmp_path)
@@ -252,14 +251,14 @@ def test_halves_are_disjoint_and_random():
 
 def test_the_classifier_tells_digits_and_is_kept(monkeypatch):
     first = data.Dataset("first", DIGITS.images[:1500], DIGITS.labels[:1500])
-    net = classifier.load(first)
-    assert (classifier.predict(net, DIGITS.images[1500:]) == DIGITS.labels[1500:]).mean() > 0.85  # that it has not seen
-    monkeypatch.setattr(classifier, "train", None)  # a second training would fail
-    assert same(net.state_dict(), classifier.load(first).state_dict())
+    net = measure.load_classifier(first)
+    assert (measure.predict(net, DIGITS.images[1500:]) == DIGITS.labels[1500:]).mean() > 0.85  # that it has not seen
+    monkeypatch.setattr(measure, "train_classifier", None)  # a second training would fail
+    assert same(net.state_dict(), measure.load_classifier(first).state_dict())
     with pytest.raises(UserError, match="needs them"):
-        classifier.load(data.Dataset("bare", DIGITS.images))
+        measure.load_classifier(data.Dataset("bare", DIGITS.images))
     with pytest.raises(TypeError):  # other labels of the same images are another classifier
-        classifier.load(data.Dataset("corrected", first.images, (first.labels + 1) % 10))
+        measure.load_classifier(data.Dataset("corrected", first.images, (first.labels + 1) % 10))
 
 
 def test_held_out_images_are_the_reference_and_the_first_row(monkeypatch):
@@ -272,7 +271,7 @@ def test_held_out_images_are_the_reference_and_the_first_row(monkeypatch):
     assert measure.Measures("cifar10", test="own").reference is sets["own"]
     held = measure.Measures("cifar10")
     row = held.floors()["data: training against test images"]
-    right = classifier.predict(held.classifier, images[1000:]) == DIGITS.labels[1000:]
+    right = measure.predict(held.classifier, images[1000:]) == DIGITS.labels[1000:]
     assert row["images"] == 797
     assert row["accuracy"] == right.mean() and 0.5 < right.mean() < 0.99  # mirrored ones are hard
     assert row["nearest"] == held.nearest(images[1000:]).median().item() > row["nearest_low"] > 5

@@ -130,7 +130,7 @@ def test_plane_and_warmups_say_what_is_missing(refused, monkeypatch, tmp_path):
     assert "invalid choice: 'nowhere'" in refused(plane, "error", "--regimes", "nowhere")
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     assert "make exercises" in refused(plane, "error", "--pictures", tmp_path)
-    assert "none.pt: no such file" in refused(warmups, "price", "--pretrained", tmp_path / "none.pt")
+    assert "none.jsonl: no such file" in refused(warmups, "log", "--noises", 1, "--log", tmp_path / "none.jsonl")
     assert "unknown" in refused(warmups, "prize")
 
 

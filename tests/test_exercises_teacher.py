@@ -116,12 +116,13 @@ def test_the_verifier_chooses_what_sample_chooses():
 
 
 def test_verifier_measures_and_continues(call, refused, tmp_path, monkeypatch, capsys):
-    classifier, results = verifier.measure.classifier, tmp_path / "r.jsonl"
-    monkeypatch.setattr(classifier, "load", lambda dataset, device: classifier.Classifier(1, 8, 10).eval().requires_grad_(False))
+    measure, results = verifier.measure, tmp_path / "r.jsonl"
+    brief = lambda dataset, device: measure.Classifier(1, 8, 10).eval().requires_grad_(False)  # noqa: E731
+    monkeypatch.setattr(measure, "load_classifier", brief)
     monkeypatch.setattr(verifier, "CANDIDATES", (1, 2))
     monkeypatch.setattr(verifier, "SIGMAS", (0.5,))
-    monkeypatch.setitem(verifier.DATA, "digits", dict(pool=80, steps=2))
-    args = ["--pretrained", STAGE1, "--samples", "32", "--results", results, "--recipes", "blind"]
+    monkeypatch.setitem(verifier.DATA, "digits", dict(samples=32, pool=80, steps=2))
+    args = ["--pretrained", STAGE1, "--results", results, "--recipes", "blind"]
 
     def run(*more):
         torch.manual_seed(0)  # of the classifier above
@@ -141,8 +142,11 @@ def test_verifier_measures_and_continues(call, refused, tmp_path, monkeypatch, c
     other = tmp_path / "other.pt"  # lines belong to networks, by their content, and to settings
     net = checkpoints.load_network(sample.DIGITS)
     checkpoints.save_network(other, net, **net.about | {"t_init": 1.0})
-    for flags in (["--network", other], ["--ratio", other], ["--samples", "33"]):
+    for flags in (["--network", other], ["--ratio", other]):
         assert "give another --results" in refused(verifier, *args, *flags)
+    with monkeypatch.context() as patch:
+        patch.setitem(verifier.DATA, "digits", dict(samples=33, pool=80, steps=2))
+        assert "give another --results" in refused(verifier, *args)
     results.write_text(text[:-20])
     assert "r.jsonl: not a file of results" in refused(verifier, *args)
     network, ratio = (ROOT / "assets" / f"fashion-mnist{end}.pt" for end in ("", "-ratio"))
