@@ -1,10 +1,7 @@
 """Changes of code that the exercises try, as text, and the pristine scripts that they and the reference rows start from.
 
-A student edits the working copy. What is compared with it must not depend on that, nor on git.
-So exercises/pristine.zip holds them: one file that no editor and no search opens by mistake. After
-a change of the scripts that the exercises should follow:
-
-    python exercises/changes.py                          store the scripts of this folder
+A student edits the working copy, so exercises/pristine.zip holds what is compared with it. After a change of the scripts that the
+exercises should follow, `python exercises/changes.py` stores those of this folder.
 """
 
 import difflib

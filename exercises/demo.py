@@ -1,7 +1,6 @@
-"""Draw and measure what the two stages made of the embedded digits. `make demo` runs it after both.
+"""Draw and measure what the two stages made of the embedded digits: `make demo` runs it after both.
 
-Writes OUTDIR/demo.png and prints Fréchet distances in the features of the stage-1 network, between
-random halves of the data and between the samples and a half, with equal numbers of images.
+Writes OUTDIR/demo.png. Prints Fréchet distances in stage-1 features, of half the data and of as many samples from the other half.
 """
 
 from pathlib import Path
@@ -19,11 +18,7 @@ REPEATS = 4  # random halves over which distances are averaged
 HALVES, HEUN = "two halves of the data", "Heun, 18 steps"
 BEFORE, AFTER = "one step, before stage 2", "one step, after stage 2"
 EXPECTED = {  # what seeds 0 to 2 gave, widened by a half
-    HALVES: "0.001 to 0.002",
-    HEUN: "0.001 to 0.003",
-    BEFORE: "0.1 to 0.5",
-    AFTER: "0.001 to 0.005",
-}
+    HALVES: "0.001 to 0.002", HEUN: "0.001 to 0.003", BEFORE: "0.1 to 0.5", AFTER: "0.001 to 0.005"}
 
 
 def save_panels(sets, path, side=8):
@@ -40,23 +35,18 @@ def main():
         generator=("runs/digits/dijs/network.pt", "network of stage 2"),
         outdir=("runs/digits", "where demo.png goes"),
         seed=(0, "seed of the halves and the samples", training.integer))).parse_args()
-    rt = training.start(alone=True)
-    dataset = data.load("digits")
+    rt, dataset = training.start(alone=True), data.load("digits")
     extractor = fid.network_features(rt, args.pretrained)
     half, whole = len(dataset) // 2, len(dataset)
+    stage_1, generator = (checkpoints.load_network(path).to(rt.device) for path in (args.pretrained, args.generator))
 
-    def samples(path, count, about=None):
-        net = checkpoints.load_network(path).to(rt.device)
-        net.about = about or net.about
+    def samples(net, count):
         parts = sample.in_batches(net, range(count), args.seed, rt.device, 256)
         return np.concatenate([data.to_uint8(x) for x, _ in parts])
 
-    about = checkpoints.load_network(args.generator, role="generator").about
-    images = {
-        HEUN: samples(args.pretrained, half),
-        BEFORE: samples(args.pretrained, 4 * whole, about),  # as stage 2 starts
-        AFTER: samples(args.generator, 4 * whole),
-    }
+    images = {HEUN: samples(stage_1, half)}
+    stage_1.about = generator.about  # as stage 2 starts
+    images |= {BEFORE: samples(stage_1, 4 * whole), AFTER: samples(generator, 4 * whole)}
     path = Path(args.outdir) / "demo.png"
     save_panels((dataset.images, *images.values()), path)
     known = measure.features(extractor, dataset.images)
@@ -64,14 +54,11 @@ def main():
     distances = {name: [] for name in EXPECTED}
     for i in range(REPEATS):
         a, b = (known[indices] for indices in measure.halves(whole, args.seed + i))
-        distances[HALVES].append(measure.distance(extractor, a, b))
-        for name, x in drawn.items():
-            part = x[i * half % len(x) :][:half]
+        parts = {HALVES: a} | {name: x[i * half % len(x) :][:half] for name, x in drawn.items()}
+        for name, part in parts.items():
             distances[name].append(measure.distance(extractor, part, b))
     mean = {name: np.mean(values) for name, values in distances.items()}
-    ratio = mean[AFTER] / mean[HALVES]
     before, after = (measure.distance(extractor, drawn[name], known) for name in (BEFORE, AFTER))
-    gain = before / after
     x, y = (torch.tensor(a).flatten(1).float() for a in (images[AFTER], dataset.images))
     nearest = dataset.labels[torch.cdist(x, y).argmin(dim=1).numpy()]
     shares = 100 * np.bincount(nearest, minlength=10) / len(x)
@@ -81,8 +68,8 @@ def main():
     for name, value in mean.items():
         print(f"  {name:26}{value:9.5f}   {EXPECTED[name]}")
     print(f"""\
-  one step after stage 2 is at {ratio:.2f} times the distance of two halves of the data (expected: below 3)
-  and, with {4 * whole} samples, {gain:.0f} times closer to the data than before stage 2 (expected: above 100)
+  one step after stage 2 is at {mean[AFTER] / mean[HALVES]:.2f} times the distance of two halves of the data (expected: below 3)
+  and, with {4 * whole} samples, {before / after:.0f} times closer to the data than before stage 2 (expected: above 100)
   shares of the ten digits: {shares.min():.1f} % to {shares.max():.1f} % (expected: 4 % to 20 %)
 
 look at {path}: data | {HEUN} | one step before stage 2 | one step after""")

@@ -48,10 +48,8 @@ REGIMES = {
 }
 # With a generator: `follow` the ratio's gradient, the difference of two scores, or the exact gradient (affine generator only).
 # The score of q starts from the score of p. One step of ratio or score per step of the generator.
-LOOP = dict(
-    follow="ratio", generator="affine", generator_lr=5e-3, steps=800, batch=256, lr=5e-3, width=64, teacher_steps=None,
-    teacher_width=None, points=None,
-)
+LOOP = dict(follow="ratio", generator="affine", generator_lr=5e-3, steps=800, batch=256, lr=5e-3, width=64, teacher_steps=None,
+            teacher_width=None, points=None)
 LOOPS = {
     "affine, exact": dict(follow="exact"),
     "affine, ratio": {},
@@ -227,9 +225,6 @@ def measure_error(o, seed):
     return row
 
 
-# ---- With a generator in the loop --------------------------------------------------------------------
-
-
 class Affine(nn.Module):
     """x = A z + b: six parameters, and q is Gaussian at every noise level."""
 
@@ -246,24 +241,19 @@ class Affine(nn.Module):
         return torch.linalg.solve(covariance, self.b - x)
 
 
-class Small(nn.Module):
-    """x = z / 2 plus a small MLP of z."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = mlp(2, 32, 2)
+class Small(nn.Sequential):
+    """x = z / 2 plus an MLP of z."""
 
     def forward(self, z):
-        return 0.5 * z + self.layers(z)
+        return 0.5 * z + super().forward(z)
 
 
 def run_loop(o, seed):
-    """Train a generator to minimise the reverse KL over all noise levels, by the gradient that `follow` names: a row's numbers."""
-    p = spiral()
-    seen = known(o, seed)
+    """Train a generator to minimise the reverse KL over all noise levels, by the gradient `follow`: a row's numbers."""
+    p, seen = spiral(), known(o, seed)
     teacher = train_teacher(o, seed) if o["follow"] == "scores" else None
     torch.manual_seed(training.seed_of(seed, "loop"))
-    generator = Affine() if o["generator"] == "affine" else Small()
+    generator = Affine() if o["generator"] == "affine" else Small(*mlp(2, 32, 2))
     critic = copy.deepcopy(teacher) if teacher else Ratio(o["width"])
     noise, betas = Noise(o["batch"], seed, "loop"), (0.0, 0.999)  # as in train_diffratio.py
     follow, watch = Trainer(generator, o["generator_lr"], o["steps"], betas), Trainer(critic, o["lr"], o["steps"], betas)
@@ -288,22 +278,19 @@ def run_loop(o, seed):
         return {f"kl_{level}": divergence(x, p, level) for level in (0.1, 0.5)}
 
 
-def divergence(x, p, level, cells=60, edge=2.0):
+def divergence(x, p, level):
     """KL(q_sigma || p_sigma) on a grid; q_sigma is the sum of Gaussians of width sigma around the samples x [n, 2]."""
-    line = torch.linspace(-edge, edge, cells) * (1 + level)
-    grid, sigma = torch.cartesian_prod(line, line), torch.full((cells**2,), level)
+    line = torch.linspace(-2, 2, 60) * (1 + level)
+    grid, sigma = torch.cartesian_prod(line, line), torch.full((60**2,), level)
     q = Mixture(x, torch.zeros(len(x)))
     log_q = torch.cat([q.log_density(part, s) for part, s in zip(grid.split(500), sigma.split(500))])
     return ((log_q - p.log_density(grid, sigma)) * log_q.exp()).sum().item() * (line[1] - line[0]).item() ** 2
 
 
-# ---- Rows, tables, the picture -----------------------------------------------------------------------
-
-
 def error_table(rows):
     """Of {regime: its rows}."""
-    lines = {f"{regime}, {name}": [row[f"{name}_error"] for row in found]
-             for regime, found in rows.items() for name in ("ratio", "scores")}
+    both = itertools.product(rows, ("ratio", "scores"))
+    lines = {f"{regime}, {name}": [row[f"{name}_error"] for row in rows[regime]] for regime, name in both}
     return measure.table(lines, {f"sigma {s:g}": (lambda r, i=i: r[i], "{:.2f}") for i, s in enumerate(SIGMAS)})
 
 
@@ -361,7 +348,7 @@ def main():
     parser.add_argument("--regimes", nargs="+", choices=[*REGIMES, *LOOPS], metavar="NAME", help="only these (default: all)")
     args = parser.parse_args()
     if args.pictures:
-        pyplot()  # a missing package is told now, not after the work
+        draw_field(args.pictures)
     for part in [args.part] if args.part else PARTS:
         (regimes, common, run, table), rows = PARTS[part], {}
         for seed, regime in itertools.product(range(args.seeds), [name for name in regimes if name in (args.regimes or regimes)]):
@@ -374,8 +361,6 @@ def main():
             rows.setdefault(regime, []).append(found[-1])
         if rows:
             print(f"\n{part}: mean and standard deviation over {args.seeds} seed(s)\n\n{table(rows)}")
-    if args.pictures:
-        draw_field(args.pictures)
 
 
 if __name__ == "__main__":

@@ -60,21 +60,19 @@ def iteration(G, ratio, watch, follow, real, normal, levels, divergence):
 
 # ---- Given: data, networks, what is drawn -------------------------------------------------------------
 
-
-def eight():
-    angle = 2 * math.pi * torch.arange(8) / 8
-    return plane.Mixture(0.7 * torch.stack([angle.cos(), angle.sin()], dim=1), torch.full((8,), 0.05))
+ANGLE = 2 * math.pi * torch.arange(8) / 8
+EIGHT = plane.Mixture(0.7 * torch.stack([ANGLE.cos(), ANGLE.sin()], dim=1), torch.full((8,), 0.05))
 
 
-def draw(panels, p, right, path):
+def draw(panels, right):
     """A panel of points for each {title: x [N, 2]}."""
     plt = plane.pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3.2), squeeze=False, layout="constrained")
     for axis, (title, x) in zip(axes.flat, panels.items()):
-        axis.plot(*p.centres.T, "k+")
+        axis.plot(*EIGHT.centres.T, "k+")
         axis.plot(*x[:500].T, ".", markersize=3, alpha=0.5)
         axis.set(title=title, aspect="equal", xlim=(-1.3, right), ylim=(-1.3, 1.3), xticks=[], yticks=[])
-    plane.save(figure, path)
+    plane.save(figure, ROOT / "runs" / "exercises" / "plane.png")
     plt.close(figure)
 
 
@@ -83,15 +81,14 @@ def main():
         divergence=("dijs", "what the generator minimises", list(DIVERGENCES)),
         far=(0.0, "how far to the right of its place the generator starts", training.not_negative),
         sigma=(0.0, "a single noise level of stage 2 (default: all, as in stage 1)", training.not_negative),
-        iterations=(1000, "of stage 2"), steps=(1500, "of stage 1"),
-        seed=(0, "of everything random", training.integer),
-        picture=(True, "draw"), out=(ROOT / "runs" / "exercises" / "plane.png", "where to", Path))).parse_args()
+        iterations=(1000, "of stage 2"), steps=(1500, "of stage 1"), picture=(True, "draw"),
+        seed=(0, "of everything random", training.integer))).parse_args()
     if "..." in map(ast.unparse, ast.walk(ast.parse(Path(__file__).read_text()))):
         raise UserError("there are blanks left: fill them in, then python exercises/check.py 1")
     if args.picture:
         plane.pyplot()  # a missing package is told now, not after the work
-    p, noise = eight(), plane.Noise(512, args.seed, "plane_blank")
-    generator = plane.train_score(p, dict(batch=512, lr=2e-3), args.seed, "stage 1", 128, args.steps)
+    noise = plane.Noise(512, args.seed, "plane_blank")
+    generator = plane.train_score(EIGHT, dict(batch=512, lr=2e-3), args.seed, "stage 1", 128, args.steps)
     ratio, aside, panels = plane.Ratio(128), torch.tensor([args.far, 0.0]), {}
     follow, watch = (plane.Trainer(net, lr, args.iterations, (0.0, 0.999)) for net, lr in ((generator, 5e-4), (ratio, 2e-3)))
 
@@ -105,15 +102,15 @@ def main():
         return generator(2.5 * z[:, :, None, None], torch.full((len(z),), 2.5)).flatten(1) + aside
 
     for i in range(args.iterations + 1):
-        real = noise.points(p).flatten(1)
+        real = noise.points(EIGHT).flatten(1)
         fake, h_fake = iteration(G, ratio, watch, follow, real, normal, levels, args.divergence)
         if i in (0, 30, 100, 300) or i == args.iterations:
-            found = ((fake.detach()[:, None] - p.centres).norm(dim=2) < 3 * p.stds).float().mean(dim=0)  # by mode
+            found = ((fake.detach()[:, None] - EIGHT.centres).norm(dim=2) < 3 * EIGHT.stds).float().mean(dim=0)  # by mode
             print(f"{i:5}: {int((found > 0.01).sum())} of 8 modes, {found.sum():.0%} of samples within three deviations of one,"
                   f" mean h {h_fake.mean():+.1f}, mean x {fake[:, 0].mean():+.2f}", flush=True)
             panels[f"{args.divergence}, iteration {i}"] = fake.detach()
             if args.picture:
-                draw(panels, p, 1.3 + args.far, args.out)
+                draw(panels, 1.3 + args.far)
 
 
 if __name__ == "__main__":
