@@ -236,7 +236,7 @@ def check_noise(script, variant):
     student = functions(script, "SETTINGS", "noise_levels")
     new = [name for name in student["SETTINGS"]["noise"][2] if name not in ("lognormal", "karras")]
     yield "new choices of the setting noise", len(new), 1, "SETTINGS, `noise`: the list of its choices"
-    rt, defaults = training.Runtime(torch.device("cpu"), batch=20_000), {n: s[0] for n, s in student["SETTINGS"].items()}
+    rt, defaults = training.Runtime("cpu", batch=20_000), {n: s[0] for n, s in student["SETTINGS"].items()}
     for name in new[:1]:
         rt.seed(0)
         log = student["noise_levels"](argparse.Namespace(**defaults | dict(noise=name)), rt).log()

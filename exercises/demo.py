@@ -11,7 +11,6 @@ import torch
 import project  # noqa: F401
 import fid
 import measure
-import sample
 from machinery import checkpoints, data, training
 
 REPEATS = 4  # random halves over which distances are averaged
@@ -35,14 +34,14 @@ def main():
         generator=("runs/digits/dijs/network.pt", "network of stage 2"),
         outdir=("runs/digits", "where demo.png goes"),
         seed=(0, "seed of the halves and the samples", training.integer))).parse_args()
-    rt, dataset = training.start(alone=True), data.load("digits")
+    rt, dataset = training.Runtime(alone=True), data.load("digits")
     extractor = fid.network_features(rt, args.pretrained)
     half, whole = len(dataset) // 2, len(dataset)
     stage_1, generator = (checkpoints.load_network(path).to(rt.device) for path in (args.pretrained, args.generator))
 
     def samples(net, count):
-        parts = sample.in_batches(net, range(count), args.seed, rt.device, 256)
-        return np.concatenate([data.to_uint8(x) for x, _ in parts])
+        parts = measure.in_batches(net, range(count), args.seed, rt.device, 256)
+        return np.concatenate([data.to_uint8(x) for x in parts])
 
     images = {HEUN: samples(stage_1, half)}
     stage_1.about = generator.about  # as stage 2 starts

@@ -226,7 +226,7 @@ def count(preset):
         generator, ratio = networks.Denoiser(config), networks.RatioNetwork(config)
 
         def activations(n):
-            draw = Batch(config, training.Runtime(torch.device("cpu"), batch=n))
+            draw = Batch(config, training.Runtime("cpu", batch=n))
             x, labels = draw.x, draw.labels
             kept = kept_for_backward(generator, lambda: sample.one_step(generator, x, labels))
             return kept + kept_for_backward(ratio, lambda: train_diffratio.ratio_loss(ratio, x, x, draw.sigma, x, x, labels))
@@ -294,7 +294,7 @@ def correctness(page, rt, compiled):
     page.part(f"Relative errors against the CPU in float64{', compiled' * compiled}", ["", "output", "gradients"])
     precisions = ("fp32", "bf16", "fp16") if rt.device.type == "cuda" and not compiled else ("fp32", "bf16")
     for precision, architecture in itertools.product(precisions, ARCHITECTURES):
-        here = dataclasses.replace(rt, precision=precision)
+        here = training.Runtime(rt.device.type, precision)
         torch._dynamo.reset()
         page.row(f"{architecture}, {precision}", lambda: network_check(architecture, here, compiled))
 
@@ -323,7 +323,7 @@ def speed(page, rt, presets, batch, repeats, compiled):
         if on_gpu and not batch:
             card = torch.cuda.get_device_properties(rt.device).total_memory
             n = min(512, images_that_fit(*count(preset), card) or 1)
-        here = dataclasses.replace(rt, batch=n, micro_batch=None)
+        here = training.Runtime(rt.device.type, rt.precision, n)
         for name, prepare in MEASURED.items():
             if compiled and prepare is heun:
                 continue  # it is one step 35 times
@@ -345,7 +345,7 @@ def main():
     parser.add_argument("--preset", nargs="+", choices=list(pretrain.PRESETS), metavar="NAME",
                         help="memory, speed: whose networks (default: cifar10 imagenet64 imagenet512; on a CPU fashion-mnist)")
     args = parser.parse_args()
-    rt = training.start(args.device, args.precision, alone=True)
+    rt = training.Runtime(args.device, args.precision, alone=True)
     if rt.device.type == "cuda":
         parts, presets, name = PARTS, ("cifar10", "imagenet64", "imagenet512"), torch.cuda.get_device_name(rt.device)
     else:

@@ -10,6 +10,7 @@ data with it. Compare distances of equal numbers of images only. None is an FID,
 """
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import nn
 
 import project  # noqa: F401
 import fid
+import sample
 from machinery import data, files, training
 
 VERSION = 3  # of the classifier's cached weights; raise it when the network or its training changes
@@ -60,9 +62,21 @@ def features(extractor, images):
     return torch.cat([extractor(part)[0] for part in parts])
 
 
+def statistics(x, tag):
+    """The `fid.Statistics` of features x [n, d]."""
+    x = x.double().cpu()
+    return fid.Statistics(x.mean(dim=0).numpy(), x.T.cov().numpy(), tag, len(x))
+
+
 def distance(extractor, a, b):
     """Fréchet distance of two sets of its features, [n, d] and [m, d]."""
-    return fid.frechet_distance(*(fid.Statistics.of(x, extractor.tag) for x in (a, b)))
+    return fid.frechet_distance(*(statistics(x, extractor.tag) for x in (a, b)))
+
+
+def in_batches(net, indices, seed, device, batch):
+    """Iterate over the samples [n, C, H, W] with these indices."""
+    for i in range(0, len(indices), batch):
+        yield sample.generate(net, *sample.inputs(net, indices[i : i + batch], seed, device))
 
 
 class Classifier(nn.Module):
@@ -95,10 +109,9 @@ def train_classifier(dataset, images, seed=0, batch=100, device="cpu"):
     net = Classifier(dataset.channels, dataset.resolution, dataset.label_dim).to(device).train()
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, images // batch)
-    batches = data.Batches(dataset, training.Runtime(torch.device("cpu"), batch=batch), seed)
-    for _ in range(images // batch):
-        raw, labels = next(batches)
-        x = dataset.to_model(raw, "cpu").to(device)
+    batches = data.batches(dataset, training.Runtime("cpu", batch=batch), seed)
+    for x, labels in itertools.islice(batches, images // batch):
+        x = x.to(device)
         if dataset.channels > 1:
             (dy, dx), flip = torch.randint(9, (2,)).tolist(), torch.rand(len(x), 1, 1, 1, device=device) < 0.5
             x = F.pad(torch.where(flip, x.flip(3), x), (4, 4, 4, 4))[:, :, dy : dy + x.shape[2], dx : dx + x.shape[3]]
@@ -150,7 +163,8 @@ class Measures:
     test: a data set of held-out images; None: the data set's own, or else the data.
     """
 
-    def __init__(self, name, pretrained=None, test=None, rt=training.Runtime(torch.device("cpu"))):
+    def __init__(self, name, pretrained=None, test=None, rt=None):
+        rt = rt or training.Runtime("cpu")
         self.train, self.device = data.load(name), rt.device
         test = test or (f"{name}:test" if name in ("fashion-mnist", "cifar10") else None)
         self.train.require_labels()  # numbers the classes as training with --cond does
@@ -265,7 +279,7 @@ def main():
     for text in args.samples:
         if "=" not in text:
             parser.error(f"{text}: give NAME=FILE")
-    measures = Measures(args.data, args.pretrained, args.test, training.start(args.device, alone=True))
+    measures = Measures(args.data, args.pretrained, args.test, training.Runtime(args.device, alone=True))
     samples = [(name, data.load(path)) for name, path in (text.rsplit("=", 1) for text in args.samples)]
     measures.check(*(dataset for _, dataset in samples))
     rows = {name: [row] for name, row in measures.floors().items()}

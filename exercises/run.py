@@ -28,7 +28,6 @@ import changes
 
 if __name__ == "__main__":  # an edit of a script changes nothing that measures
     sys.path.insert(0, str(changes.unpack(ROOT)))
-import sample
 from machinery import checkpoints, data, files, training
 from machinery.files import UserError
 import measure
@@ -191,7 +190,7 @@ def calibration(folder, dataset, seed):
     """{"0.1": `verifier.calibration` at that level}, on data and fresh samples."""
     net, ratio = (checkpoints.load_network(folder / name) for name in ("network.pt", "ratio.pt"))
     indices = range(10_000, 10_000 + len(dataset))
-    fake = torch.cat([x for x, _ in sample.in_batches(net, indices, seed, "cpu", 300)])
+    fake = torch.cat(list(measure.in_batches(net, indices, seed, "cpu", 300)))
     real = dataset.to_model(torch.tensor(dataset.images), "cpu")
     both = [verifier.logits(ratio, x[:, None], 0.1, (seed, side))[:, 0] for side, x in enumerate((real, fake))]
     return {"0.1": verifier.calibration(*both)}
@@ -205,7 +204,7 @@ def measured(folder, flags, measures, seed):
     if not 0 <= last["nimg"] - round(1000 * wanted) < number_of("batch", flags):  # the loop of --mine may end early
         raise UserError(f"{folder} is a run of {kimg:g} instead of {wanted:g} kimg; remove it")
     net = checkpoints.load_network(folder / "network.pt", role="generator")
-    images = np.concatenate([data.to_uint8(x) for x, _ in sample.in_batches(net, range(SAMPLES), seed, "cpu", 300)])
+    images = np.concatenate([data.to_uint8(x) for x in measure.in_batches(net, range(SAMPLES), seed, "cpu", 300)])
     line = measures(images, kid=False)
     if "bands" in last:  # of a method with a ratio network
         line["bands"] = {name: band["accuracy"] for name, band in last["bands"].items()}

@@ -114,7 +114,7 @@ def iteration(method, nets, optimizers, rates, z, labels, t_init, score_noise, n
 
 def main():
     args = arguments()
-    rt = training.start(args.device, args.precision, batch=args.batch, micro_batch=args.micro_batch)
+    rt = training.Runtime(args.device, args.precision, args.batch, args.micro_batch)
 
     # Teacher, student, generator: three copies of stage 1. The data only gives the shape of the images.
     dataset = rt.main_first(lambda: data.load(args.data, resolution=args.resolution))
@@ -133,11 +133,7 @@ def main():
                      class_frequencies=dataset.class_frequencies(config.label_dim))
     run = training.Run(args, rt, f"stage 2 with a teacher, {args.method}", dataset, generator=generator, student=student, ema=ema,
                        generator_optimizer=optimizers[0], student_optimizer=optimizers[1])
-    run.print_start(args.method, dataset, generator, student)
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
-
-    def write_network():
-        checkpoints.save_network(run.dir / "network.pt", ema, nimg=run.nimg, **ema.about)
 
     while run.unfinished():
         factor = train_diffratio.learning_rate_factor(args, run.nimg)
@@ -159,7 +155,7 @@ def main():
         if run.due(args.grid_kimg):
             sample.preview(ema, run, args.seed)
         if run.due(args.save_kimg) or run.stopping:
-            run.save(write_network)
+            run.save(lambda: checkpoints.save_network(run.dir / "network.pt", ema, nimg=run.nimg))
 
 
 if __name__ == "__main__":

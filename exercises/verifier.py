@@ -57,7 +57,7 @@ def logits(ratio, images, sigma, seed):
 def train_on(ratio, real, fake, steps, settings, seed):
     """A copy of `ratio`, trained further to tell images `real` from samples `fake` [n, C, H, W] of a frozen generator."""
     ratio, shape = copy.deepcopy(ratio).train().requires_grad_(True), real.shape[1:]
-    rt = training.Runtime(torch.device("cpu"), batch=128)
+    rt = training.Runtime("cpu", batch=128)
     optimizer = training.Optimizer(ratio, rt, (0.0, 0.999))
     for step in range(1, steps + 1):
         rt.seed(seed, step, "verifier")

@@ -68,7 +68,7 @@ FRESH = 1_000_000  # seeds of the samples begin here
 def fresh_samples(seed, n=1797):
     """Samples [n, 1, 8, 8] of the generator in assets/, of noise that no training has used."""
     net = checkpoints.load_network(sample.DIGITS, role="generator")
-    return torch.cat([x for x, _ in sample.in_batches(net, range(n), FRESH + seed, "cpu", 600)])
+    return torch.cat(list(measure.in_batches(net, range(n), FRESH + seed, "cpu", 600)))
 
 
 def ratio_and_images(seed):

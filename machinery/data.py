@@ -55,8 +55,8 @@ class Dataset:
     def __init__(self, name, images, labels=None, classes=None, label_error=None):
         if labels is not None:
             fit = labels.shape == (len(images),) and labels.dtype.kind in "iu"
-            if not fit or labels.min() < 0 or labels.max() >= 2**31:
-                raise UserError(f"labels {labels.dtype} {list(labels.shape)} do not fit "
+            if not fit or labels.astype(np.int64).min() < 0:  # which 2^63 is, too
+                raise UserError(f"labels {labels.dtype} {list(labels.shape)} do not match "
                                 f"{len(images)} images; give each an integer from 0 on")
             labels = labels.astype(np.int64)
         self.name, self.images, self.labels = name, _check(images), labels

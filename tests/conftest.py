@@ -15,6 +15,7 @@ for number in (signal.SIGTERM, signal.SIGHUP):
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "exercises")]
 import pretrain  # noqa: E402
+import train_diffratio  # noqa: E402
 from machinery import checkpoints, training  # noqa: E402
 
 # Eight steps. A later --device takes precedence.
@@ -24,7 +25,7 @@ SHORT = "--device cpu --precision fp32 --kimg 0.256 --batch 32 --grid-kimg 100".
 @pytest.fixture(params=["cpu", *["cuda"] * torch.cuda.is_available()])
 def device(request):
     """"cpu" and, where there is one, "cuda", set up as the scripts do."""
-    training.start(request.param)
+    training.Runtime(request.param)
     return request.param
 
 
@@ -71,6 +72,11 @@ def stage1(call, tmp_path_factory):
     call(pretrain, *SHORT, "--outdir", out)
     shutil.copy(ROOT / "assets" / "digits-stage1.pt", out / "network.pt")
     return out
+
+
+def stage_2_arguments():
+    """What train_diffratio.py makes of the command line."""
+    return training.arguments("", train_diffratio.SETTINGS, train_diffratio.PRESETS)
 
 
 def weights(path):

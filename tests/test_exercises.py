@@ -14,7 +14,7 @@ import measure
 import numpy as np
 import pytest
 import run
-from conftest import ROOT, same, weights
+from conftest import ROOT, same, stage_2_arguments, weights
 from PIL import Image
 
 import pretrain
@@ -229,7 +229,7 @@ def test_without_results_the_reference_is_printed_and_nothing_runs(call, capsys,
     assert all({line["seed"] for line in found[name]} >= {0, 1, 2} for name in ROWS)
     for flags in [flags for flags, names in ROWS.values() if not names]:  # those without a change of code are known
         monkeypatch.setattr(sys, "argv", ["train_diffratio.py", *shlex.split(f"{run.COMMON} {flags}")])
-        train_diffratio.arguments()
+        stage_2_arguments()
 
 
 def test_run_refuses_what_it_does_not_know_and_names_a_script_that_is_killed(refused, capsys, monkeypatch, tmp_path):

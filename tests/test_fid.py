@@ -17,12 +17,13 @@ from scipy.spatial.distance import cdist
 from test_data import make
 
 import fid
+import measure
 from machinery import data, training
 from machinery.files import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # more threads slow small problems down
 NETWORK = ROOT / "assets" / "digits-stage1.pt"
-ONE_RANK = training.Runtime(torch.device("cpu"))
+ONE_RANK = training.Runtime("cpu")
 PAIRS = ("kid_mean", "kid_std", "precision", "recall")
 
 
@@ -81,7 +82,7 @@ def test_distance_of_two_sets_and_of_one_from_itself(n, m):
     rng, scale = np.random.default_rng(0), 100 * np.logspace(0, -4, 128)
     scale[5] = 0
     x, y = (torch.from_numpy(rng.normal(size=(images, 128)) * scale) for images in (n, m))
-    a, again, b = (fid.Statistics.of(features, "test") for features in (x, x, y))
+    a, again, b = (measure.statistics(features, "test") for features in (x, x, y))
     assert 0 <= fid.frechet_distance(a, again) < 1e-6
     # Centred features are roots of the covariances; the trace sums their product's singular values.
     cross = (x - x.mean(dim=0)) @ (y - y.mean(dim=0)).T / ((n - 1) * (m - 1)) ** 0.5
@@ -95,9 +96,9 @@ def test_one_pass_gives_moments_and_rows(monkeypatch, device):
     """NumPy's moments, also far from 0; all rows in order, or always the same choice of them."""
     rows = 1e6 + np.random.default_rng(0).normal(size=(257, 12))  # plain sums lose every digit
     features = torch.from_numpy(rows)
-    rt = training.start(device)
+    rt = training.Runtime(device)
     every = pass_over(rt, features, batch=20)[0]
-    for found in (every, fid.Statistics.of(features, "test")):
+    for found in (every, measure.statistics(features, "test")):
         assert found.n == 257
         np.testing.assert_allclose(found.mu, rows.mean(0), rtol=1e-13)  # 257 roundings: 6e-14
         # A difference of features is off by eps 1e6 = 2e-10, and counts times another one, 3.
@@ -167,7 +168,7 @@ def test_inception_score(device):
     Predictions that say nothing score 1; certain ones, spread evenly over K classes, score K.
     """
     def score(logits):
-        return pass_over(training.start(device), torch.randn(len(logits), 1), logits, batch=7)[1]
+        return pass_over(training.Runtime(device), torch.randn(len(logits), 1), logits, batch=7)[1]
     certain = 1e4 * torch.eye(1008)
     # Sums over 1008 classes of p ln p, 7 in all, are off by 1008 eps 7 = 2e-12 at most.
     assert score(torch.zeros(40, 1008)) == pytest.approx((1, 0), abs=1e-11)
@@ -196,7 +197,7 @@ def test_features_and_logits_equal_another_implementation(weights, device):
     An average that counts the padding, the wrong pool in 7b or 7c, another resize or another eps of
     BatchNorm are off by 0.3 or more. Gray images are taken as three equal channels.
     """
-    inception, found = fid.inception(training.start(device), weights), []
+    inception, found = fid.inception(training.Runtime(device), weights), []
     expected = torch.tensor([
         [-23.052959, 13.485928, 12.640119, -7.283963, -44.854845, -44.270556],
         [-22.130392, 12.972211, 13.691726, -7.495573, -42.945262, -42.962137]], dtype=torch.double)
@@ -270,7 +271,7 @@ def test_two_ranks_measure_what_one_does(tmp_path, monkeypatch):
     """
     (tmp_path / "ranks.py").write_text("""
 import pickle, test_fid
-rt, test_fid.fid.PAIRS_LIMIT = test_fid.training.start("cpu"), 70
+rt, test_fid.fid.PAIRS_LIMIT = test_fid.training.Runtime("cpu"), 70
 pickle.dump(test_fid.measure_two_sets(rt), open(f"{rt.rank}.pkl", "wb"))
 test_fid.training.run(lambda: None)
 """)

@@ -8,6 +8,7 @@ import types
 from unittest import mock
 
 import gpu
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,17 +110,18 @@ def test_an_iteration_at_full_width_never_waits_for_the_device(preset, iteration
     monkeypatch.setattr(torch, "autocast", lambda *a, **kw: contextlib.nullcontext())
     config = networks.NETWORKS[pretrain.PRESETS[preset]["network"]]
     with torch.device("meta"):
-        step = iteration(config, training.Runtime(torch.device("meta"), batch=2))
+        step = iteration(config, training.Runtime("meta", batch=2))
     step()
 
 
 def test_constants_are_copied_to_the_device_once(monkeypatch):
     """A tensor made from a Python list in each call would make a GPU wait."""
-    net, latents = networks.Denoiser(small("ncsnpp")).eval(), torch.randn(2, 4, 8, 8)
+    net = networks.Denoiser(small("ncsnpp")).eval()
+    latents = data.Dataset("latents", np.zeros((2, 8, 8, 8), np.float32))
     monkeypatch.setattr(torch, "tensor", None)
     monkeypatch.setattr(torch.Tensor, "new_tensor", None)
     net(torch.randn(1, 3, 16, 16), torch.ones(1))
-    data.denormalise_latents(data.normalise_latents(latents))
+    latents.to_model(torch.zeros(2, 8, 8, 8), "cpu")
 
 
 def test_latents_are_decoded_eight_at_a_time(monkeypatch):
@@ -135,7 +137,8 @@ def test_latents_are_decoded_eight_at_a_time(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", diffusers)
     levels = torch.arange(20) * 13
     pixels = ((levels + 0.7) / 255).view(20, 1, 1, 1).expand(20, 4, 2, 2)
-    images = sample.latent_decoder(torch.device("cpu"), "vae")(data.normalise_latents(pixels))
+    centre, scale = data.LATENTS
+    images = sample.latent_decoder(torch.device("cpu"), "vae")((pixels - centre) / scale * 0.5)
     assert max(sizes) <= 8 and images.shape == (20, 16, 16, 3)
     assert images[:, 5, 5, 0].tolist() == levels.tolist()
 
@@ -154,7 +157,7 @@ def test_each_network_is_compiled_once_per_batch_size(architecture, monkeypatch)
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    config, rt = small(architecture, label_dim=3), training.Runtime(torch.device("cpu"), batch=2)
+    config, rt = small(architecture, label_dim=3), training.Runtime("cpu", batch=2)
     for iteration, expected in ((gpu.stage_1, 1), (gpu.stage_2, 3)):
         torch._dynamo.reset()
         counters.clear()
@@ -171,7 +174,7 @@ def test_auto_takes_bf16_only_where_it_is_not_emulated(native, expected, monkeyp
     supported = {"is_bf16_supported": lambda including_emulation: native or including_emulation}
     monkeypatch.setattr(torch, "cuda", mock.Mock(device_count=lambda: 1, **supported))
     monkeypatch.setattr(torch.backends, "cudnn", mock.Mock())
-    assert training.start("cuda", "auto").precision == expected
+    assert training.Runtime("cuda", "auto").precision == expected
 
 
 def test_the_page_of_a_device_marks_what_is_wrong_and_goes_on(tmp_path, capsys):
@@ -193,6 +196,6 @@ def test_device_layout_and_precision_change_networks_by_rounding(
 
     Some 40 layers, sums of up to 1000 products: 6e-8 sqrt(40 * 1000) = 1e-5. TF32 has 5e-4.
     """
-    rt = training.Runtime(torch.device(device), precision=precision)
+    rt = training.Runtime(device, precision=precision)
     for error, limit in zip(gpu.network_check(architecture, rt, compiled=False), limits):
         assert 0 < float(error) < limit

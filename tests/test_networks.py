@@ -7,6 +7,7 @@ import math
 import gpu
 import pytest
 import torch
+import torch.nn.functional as F
 from gpu import randomise
 
 import networks
@@ -38,7 +39,7 @@ def test_ddpmpp_attends_in_the_published_blocks():
     with torch.device("meta"):
         names = Denoiser(NETWORKS["cifar10"]).state_dict()
     blocks = [f"enc.16x16_block{i}" for i in range(4)] + ["dec.8x8_in0", "dec.16x16_block4"]
-    assert [name for name in names if "qkv.w" in name] == [f"model.{b}.qkv.weight" for b in blocks]
+    assert [name for name in names if "qkv.w" in name] == [f"unet.{b}.qkv.weight" for b in blocks]
 
 
 @pytest.mark.parametrize("label_dim", [0, 5])
@@ -67,7 +68,7 @@ def test_where_networks_start(architecture):
         torch.testing.assert_close(net(x, sigma / 2), 0.5 * x, atol=1e-3, rtol=1e-3)
         ratio.load_encoder(randomise(net))
         assert torch.equal(ratio(x, sigma), torch.zeros(2))
-        features = net.backbone.features(x, sigma)
+        features = net.unet.features(x, sigma)
         torch.testing.assert_close(ratio.encoder.features(x, sigma), features)
 
 
@@ -111,11 +112,14 @@ def test_vp_noise_label_inverts_the_schedule():
 
 @pytest.mark.parametrize("mode, shape", [("down", (2, 3, 4, 4)), ("up", (2, 3, 16, 16))])
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
-def test_resampling_keeps_constants(mode, shape, taps):
-    x = torch.full((2, 3, 8, 8), 0.7)
-    y = networks.resample(x, mode, networks.filter_2d(taps))
-    assert y.shape == shape
-    torch.testing.assert_close(y[..., 1:-1, 1:-1], torch.full_like(y[..., 1:-1, 1:-1], 0.7))
+def test_resampling_is_a_convolution_with_the_filter_of_these_taps(mode, shape, taps):
+    """As EDM defines it: zeros between the pixels when doubling, every second one when halving."""
+    x, kernel = torch.randn(2, 3, 8, 8), torch.tensor(taps).float()
+    kernel = (kernel[:, None] * kernel / kernel.sum() ** 2).expand(3, 1, -1, -1)
+    how = dict(stride=2, padding=len(taps) // 2 - 1, groups=3)
+    wanted = F.conv2d(x, kernel, **how) if mode == "down" else F.conv_transpose2d(x, 4 * kernel, **how)
+    assert wanted.shape == shape
+    torch.testing.assert_close(networks.resample(x, mode, smooth=len(taps) == 4), wanted)
 
 
 def test_attention_layout_is_head_channel_triple():

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import functools
 import io
@@ -79,6 +80,21 @@ KWARGS = {
 }
 
 
+def with_names_of_edm(net):
+    """`net` with the names and the constant filters that EDM's checkpoints have."""
+    net.model = net.unet
+    del net.unet
+    if net.config.architecture != "adm":
+        size = net.config.img_resolution
+        net.model.dec[f"{size}x{size}_aux_norm"] = net.model.out_norm
+        net.model.dec[f"{size}x{size}_aux_conv"] = net.model.out_conv
+        del net.model.out_norm, net.model.out_conv
+    for module in net.modules():
+        if getattr(module, "mode", "keep") != "keep":
+            module.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
+    return net
+
+
 def write_published(path, net, protocol=4, **changes):
     """Write the pickle of `net`, with `changes` of its arguments, to `path`, which it returns."""
     c = net.config
@@ -86,6 +102,7 @@ def write_published(path, net, protocol=4, **changes):
                   label_dim=c.label_dim, model_channels=c.model_channels, num_blocks=c.num_blocks,
                   channel_mult=list(c.channel_mult), attn_resolutions=list(c.attn_resolutions))
     prefix = "" if c.architecture == "edm2" else c.preconditioning.upper()
+    net = copy.deepcopy(net) if c.architecture == "edm2" else with_names_of_edm(copy.deepcopy(net))
     data = dict(ema=_convert(net, f"{prefix}Precond", **kwargs | changes), augment_pipe=None,
                 loss_fn=Persistent("EDMLoss", P_mean=-1.2), dataset_kwargs=EasyDict(path="x.zip"))
     with patch.dict(sys.modules, THEIRS):
@@ -104,11 +121,12 @@ def test_published_networks_load_by_name(tmp_path, architecture, kind, protocol,
     net = getattr(randomise(Denoiser(config)), dtype)().eval()  # EDM2 publishes float16
     path, augment = tmp_path / "network-snapshot.pkl", {}
     if architecture == "ddpmpp":  # its augmentation gets zeros outside EDM's training, so it goes
-        net.model.map_augment, augment = torch.nn.Linear(9, 32, bias=False), {"augment_dim": 9}
+        net.unet.map_augment, augment = torch.nn.Linear(9, 32, bias=False), {"augment_dim": 9}
     loaded = load_network(write_published(path, net, protocol, **augment), role="denoiser")
     save_network(tmp_path / "network.pt", loaded, role="generator", t_init=2.5)
     back = load_network(tmp_path / "network.pt", role="generator")
-    assert back.config == loaded.config and back.about == {"role": "generator", "t_init": 2.5}
+    assert back.config == loaded.config
+    assert back.about == loaded.about | {"role": "generator", "t_init": 2.5}
     x, sigma = torch.randn(4, 3, 16, 16), torch.tensor([0.002, 0.5, 2.5, 80.0])
     labels = torch.arange(4) if label_dim else None
     for found in (loaded, back):

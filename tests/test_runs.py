@@ -271,7 +271,7 @@ def test_a_mistake_of_one_rank_is_printed_by_it_and_ends_all(rank):
     done = python(f"""
 import torch; from machinery import training
 def main():
-    rt = training.start("cpu")
+    rt = training.Runtime("cpu")
     if rt.rank == {rank}:
         raise OSError(28, "No space left on device", "checkpoint.pt")
     for i in range(100_000):
@@ -288,7 +288,7 @@ def test_one_rank_of_each_machine_goes_first(monkeypatch, place, order):
     found = []
     monkeypatch.setenv("LOCAL_RANK", str(place))
     monkeypatch.setattr(training.Runtime, "agree", lambda *_: found.append("wait"))
-    training.start("cpu").main_first(lambda: found.append("make"))
+    training.Runtime("cpu").main_first(lambda: found.append("make"))
     assert found == order
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, alike, same, weights
+from conftest import SHORT, alike, same, stage_2_arguments, weights
 from test_data import images_and_labels, make, npy
 
 import fid
@@ -49,7 +49,7 @@ def test_two_iterations_written_out_by_hand(call, stage1, tmp_path, device):
     call(train_diffratio, *SHORT, *"--kimg 0.064 --lr 1e-3 --ratio-lr 1e-3 --lr-decay-kimg 0 --ratio-steps 1 --p-mean -1.2".split(),
          "--init", stage1 / "network.pt", "--outdir", tmp_path, "--device", device)
 
-    digits, rt, seed = data.load("digits"), training.start(device, batch=32), 0
+    digits, rt, seed = data.load("digits"), training.Runtime(device, batch=32), 0
     generator = checkpoints.load_network(stage1 / "network.pt").to(device)
     ratio = networks.RatioNetwork(generator.config).to(device)
     ratio.load_encoder(generator)
@@ -62,9 +62,9 @@ def test_two_iterations_written_out_by_hand(call, stage1, tmp_path, device):
             p.grad = g
         optimizer.step()
 
-    batches = data.Batches(digits, rt, seed)
+    batches = data.batches(digits, rt, seed)
     for nimg in (0, 32):
-        real = digits.to_model(next(batches)[0], device)
+        real, _ = next(batches)
         rt.seed(seed, nimg, 0, "stage 2")
         z, sigma = rt.randn(1, 8, 8), (1.2 * rt.randn() - 1.2).exp()
         eps_real, eps_fake = rt.randn(1, 8, 8), rt.randn(1, 8, 8)
@@ -117,9 +117,9 @@ def test_what_stage_2_can_do_trains_and_logs_the_noise_bands(
 def test_noise_levels_have_the_distribution_that_the_flags_name(monkeypatch, flags, shares):
     monkeypatch.setattr(sys, "argv", ["train_diffratio.py", *flags.split()])
     n = 20_000
-    rt = training.start("cpu", batch=n)
+    rt = training.Runtime("cpu", batch=n)
     rt.seed(0, "test")
-    sigma = train_diffratio.noise_levels(train_diffratio.arguments(), rt)
+    sigma = train_diffratio.noise_levels(stage_2_arguments(), rt)
     assert sigma.shape == (n,)
     for level, share in shares.items():
         by_chance = (share * (1 - share) / n) ** 0.5
@@ -129,7 +129,7 @@ def test_noise_levels_have_the_distribution_that_the_flags_name(monkeypatch, fla
 def test_learning_rates_fall_over_the_run_unless_told_otherwise(monkeypatch):
     def factor(nimg, *flags):
         monkeypatch.setattr(sys, "argv", ["train_diffratio.py", "--kimg", "10", *flags])
-        return train_diffratio.learning_rate_factor(train_diffratio.arguments(), nimg)
+        return train_diffratio.learning_rate_factor(stage_2_arguments(), nimg)
 
     assert [factor(nimg) for nimg in (0, 5_000, 10_000)] == pytest.approx([1, 0.5, 0])
     assert [factor(nimg, "--lr-decay-kimg", "20") for nimg in (0, 10_000)] == pytest.approx([1, 0.5])
