@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import functools
 import itertools
+import platform
 import statistics
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import project  # noqa: F401
+import fid
 import networks
 import pretrain
 import sample
@@ -125,6 +127,25 @@ def sampling(config, rt, compiled=False, draw=sample.one_step):
 heun = functools.partial(sampling, draw=sample.heun)
 
 
+def inception_shapes():
+    """{name: shape} of the 472 tensors of the Inception weights."""
+    shapes = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
+    for line in Path(__file__).with_name("inception_shapes.txt").read_text().splitlines():
+        name, *shape = line.split()
+        shapes[f"{name}.conv.weight"] = tuple(map(int, shape))
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.bn.{key}"] = (int(shape[0]),)
+    return shapes
+
+
+def features(config, rt, compiled=False):
+    """Function that takes the Inception features of a batch, in float32, with weights of one."""
+    net = fid.Inception({k: torch.ones(shape) for k, shape in inception_shapes().items()}, rt.device)
+    pixels = config.img_resolution * (8 if config.architecture == "edm2" else 1)  # the images behind latents
+    images = torch.zeros(rt.batch, pixels, pixels, 3, dtype=torch.uint8, device=rt.device)
+    return lambda: net((fid.resize_tf1(images).permute(0, 3, 1, 2) - 128) / 128)
+
+
 MEASURED = {  # name of the row: the function that prepares it
     "stage 1, step": stage_1,
     "stage 2, iteration": stage_2,
@@ -132,6 +153,7 @@ MEASURED = {  # name of the row: the function that prepares it
     "SiD, iteration": functools.partial(distillation, method="sid"),
     "sampling, one step": sampling,
     "sampling, Heun, 18 steps": heun,
+    "Inception features, fp32": features,
 }
 
 
@@ -299,9 +321,20 @@ def correctness(page, rt, compiled):
         page.row(f"{architecture}, {precision}", lambda: network_check(architecture, here, compiled))
 
 
+def matrix_rate(rt):
+    """TFLOP/s of a large matrix product of random numbers in the precision of training."""
+    n = 8192 if rt.device.type == "cuda" else 2048
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[rt.precision]
+    a, b = (torch.randn(n, n, device=rt.device, dtype=dtype) for _ in range(2))
+    a @ b
+    return 2e-12 * n**3 / measure(lambda: a @ b, rt.device, 10)[0]
+
+
 def speed(page, rt, presets, batch, repeats, compiled):
     """A table of the time and memory of what trains and samples, preset by preset."""
-    page.part(f"Speed{', compiled' * compiled} ({rt.precision})", ["", "images/s", "seconds", "TFLOP/s", "peak memory, GB"])
+    rate = matrix_rate(rt)
+    page.part(f"Speed{', compiled' * compiled} ({rt.precision}; matrix products run at {rate:.3g} TFLOP/s)",
+              ["", "images/s", "seconds", "TFLOP/s", "share of the matrix rate", "peak memory, GB"])
     both = {", channels-last": lambda *_: torch.channels_last, ", NCHW": lambda *_: torch.contiguous_format}
     on_gpu = rt.device.type == "cuda"
 
@@ -316,7 +349,8 @@ def speed(page, rt, presets, batch, repeats, compiled):
             function()
         seconds, peak = measure(function, rt.device, 1 if prepare is heun else repeats)
         teraflops = counter.get_total_flops() / seconds / 1e12
-        return f"{here.batch / seconds:.4g}", f"{seconds:.3g}", f"{teraflops:.3g}", f"{peak:.1f}"
+        share = f"{100 * teraflops / rate:.0f} %"
+        return f"{here.batch / seconds:.4g}", f"{seconds:.3g}", f"{teraflops:.3g}", share, f"{peak:.1f}"
 
     for preset in presets:
         config, n = config_of(preset), batch or 32
@@ -325,12 +359,21 @@ def speed(page, rt, presets, batch, repeats, compiled):
             n = min(512, images_that_fit(*count(preset), card) or 1)
         here = training.Runtime(rt.device.type, rt.precision, n)
         for name, prepare in MEASURED.items():
-            if compiled and prepare is heun:
-                continue  # it is one step 35 times
+            if compiled and prepare in (features, heun):
+                continue  # one is not compiled, the other is one step 35 times
             layouts = both if on_gpu and prepare in (stage_1, stage_2) else {"": networks.memory_format}
             for layout, function in layouts.items():
                 with mock.patch.object(networks, "memory_format", function):
                     page.row(f"{preset}, {here.batch} images: {name}{layout}", lambda: cells(prepare, config, here))
+
+
+def hardware(device):
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def main():
@@ -347,11 +390,11 @@ def main():
     args = parser.parse_args()
     rt = training.Runtime(args.device, args.precision, alone=True)
     if rt.device.type == "cuda":
-        parts, presets, name = PARTS, ("cifar10", "imagenet64", "imagenet512"), torch.cuda.get_device_name(rt.device)
+        parts, presets = PARTS, ("cifar10", "imagenet64", "imagenet512")
     else:
-        parts, presets, name = PARTS[1:3], ("fashion-mnist",), f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+        parts, presets = PARTS[1:3], ("fashion-mnist",)
     parts, presets, page = args.parts or parts, args.preset or presets, Page(args.out)
-    page.line(f"{name}; PyTorch {torch.__version__}, {torch.get_num_threads()} threads; {datetime.date.today()}")
+    page.line(f"{hardware(rt.device)}; PyTorch {torch.__version__}, Python {platform.python_version()}; {datetime.date.today()}")
     for part in parts:
         compiled = part == "compiled"
         if part == "memory":

@@ -17,6 +17,7 @@ from scipy.spatial.distance import cdist
 from test_data import make
 
 import fid
+import gpu
 import measure
 from machinery import data, training
 from machinery.files import UserError
@@ -27,22 +28,11 @@ ONE_RANK = training.Runtime("cpu")
 PAIRS = ("kid_mean", "kid_std", "precision", "recall")
 
 
-def inception_shapes():
-    """{name: shape} of the 472 tensors of the Inception weights."""
-    shapes = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
-    for line in (ROOT / "tests" / "inception_shapes.txt").read_text().splitlines():
-        name, *shape = line.split()
-        shapes[f"{name}.conv.weight"] = tuple(map(int, shape))
-        for key in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{name}.bn.{key}"] = (int(shape[0]),)
-    return shapes
-
-
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     """A file of Inception weights of a fixed recipe that keeps activations at one size."""
     rng, state = np.random.RandomState(0), {}  # the same numbers in every version of NumPy
-    for name, shape in sorted(inception_shapes().items()):
+    for name, shape in sorted(gpu.inception_shapes().items()):
         low, high = (0.8, 1.2) if name.endswith((".weight", ".running_var")) else (-0.3, 0.3)
         if len(shape) > 1:  # He's uniform distribution
             low, high = (sign * (6 / np.prod(shape[1:])) ** 0.5 for sign in (-1, 1))
