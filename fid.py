@@ -47,21 +47,18 @@ SETTINGS = dict(  # of FID during training
 
 # ---- Inception v3 as in TensorFlow's graph of 2015-12-05
 
-# Blocks of branches that read the same input. A word is a pooling or a convolution, /2 its stride.
-A = ["branch1x1", "branch5x5_1 branch5x5_2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3",
-     "average branch_pool"]
-C = ["branch1x1", "branch7x7_1 branch7x7_2 branch7x7_3", "branch7x7dbl_1 branch7x7dbl_2 "
-     "branch7x7dbl_3 branch7x7dbl_4 branch7x7dbl_5", "average branch_pool"]
-E = ["branch1x1", "branch3x3_1 branch3x3_2a", "branch3x3_1 branch3x3_2b",
-     "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3a",
-     "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3b"]
+# Names of layers in a row: a pooling or a convolution. / before its stride: it does not pad.
+STEM = "Conv2d_1a_3x3/2 Conv2d_2a_3x3/1 Conv2d_2b_3x3 halve Conv2d_3b_1x1 Conv2d_4a_3x3/1 halve"
+# Branches of a block, which read the same input. Layer x of block b is called Mixed_b.branchx.
+A = ["1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3", "average _pool"]
+C = ["1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5", "average _pool"]
+E = ["1x1", "3x3_1 3x3_2a", "3x3_1 3x3_2b",
+     "3x3dbl_1 3x3dbl_2 3x3dbl_3a", "3x3dbl_1 3x3dbl_2 3x3dbl_3b"]
 BLOCKS = {
-    "5b": A, "5c": A, "5d": A,
-    "6a": ["branch3x3/2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3/2", "halve"],
+    "5b": A, "5c": A, "5d": A, "6a": ["3x3/2", "3x3dbl_1 3x3dbl_2 3x3dbl_3/2", "halve"],
     "6b": C, "6c": C, "6d": C, "6e": C,
-    "7a": ["branch3x3_1 branch3x3_2/2",
-           "branch7x7x3_1 branch7x7x3_2 branch7x7x3_3 branch7x7x3_4/2", "halve"],
-    "7b": [*E, "average branch_pool"], "7c": [*E, "maximum branch_pool"],  # as in the graph of 2015
+    "7a": ["3x3_1 3x3_2/2", "7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4/2", "halve"],
+    "7b": [*E, "average _pool"], "7c": [*E, "maximum _pool"],  # as in the graph of 2015
 }
 POOLS = {
     "average": lambda x: F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False),
@@ -88,23 +85,20 @@ class Inception:
             weight = weight.to(device, torch.float, memory_format=torch.channels_last)
             self.layers[name] = weight, (bias - mean * scale).float().to(device)
 
-    def conv(self, x, name, valid=False):
-        name, _, stride = name.partition("/")
-        padding = "valid" if valid or stride else "same"
-        return F.relu_(F.conv2d(x, *self.layers[name], int(stride or 1), padding))
+    def chain(self, x, names, prefix=""):
+        for name in names.split():
+            if name in POOLS:
+                x = POOLS[name](x)
+            else:
+                name, _, stride = name.partition("/")
+                padding = "valid" if stride else "same"
+                x = F.conv2d(x, *self.layers[prefix + name], int(stride or 1), padding).relu_()
+        return x
 
     def __call__(self, x):
-        x = self.conv(self.conv(x, "Conv2d_1a_3x3/2"), "Conv2d_2a_3x3", valid=True)
-        x = POOLS["halve"](self.conv(x, "Conv2d_2b_3x3"))
-        x = self.conv(self.conv(x, "Conv2d_3b_1x1"), "Conv2d_4a_3x3", valid=True)
-        x = POOLS["halve"](x)
+        x = self.chain(x, STEM)
         for block, branches in BLOCKS.items():
-            outputs = []
-            for words in branches:
-                y = x
-                for word in words.split():
-                    y = POOLS[word](y) if word in POOLS else self.conv(y, f"Mixed_{block}.{word}")
-                outputs.append(y)
+            outputs = [self.chain(x, names, f"Mixed_{block}.branch") for names in branches]
             x = torch.cat(outputs, dim=1)
         x = x.mean(dim=(2, 3))
         return x, F.linear(x, self.fc)  # the original Inception Score left the bias out
