@@ -236,10 +236,9 @@ def distance_name(tag):
     return "FID" if tag.startswith("inception") else "FD (stage 1)"
 
 
-def random_choice(n, limit, *key):
+def random_choice(n, limit, key="pairs"):
     """Sorted indices [min(n, limit)], random but the same for each n and key."""
-    order = torch.randperm(n, generator=training.rng("cpu", *(key or ["pairs"])))
-    return order[:limit].sort().values
+    return torch.randperm(n, generator=training.rng("cpu", key))[:limit].sort().values
 
 
 def measure(extractor, read, n, rt, batch=64, name="samples"):
@@ -283,9 +282,9 @@ def measure(extractor, read, n, rt, batch=64, name="samples"):
     return statistics, (score.mean().item(), score.std(correction=0).item()) if scored else None
 
 
-def measure_dataset(extractor, dataset, rt, count=None, *key):
+def measure_dataset(extractor, dataset, rt, count=None, key="reference"):
     """`measure` of a data set, or of at most `count` of its images, chosen by `key`."""
-    indices = random_choice(len(dataset), count, *key) if count else range(len(dataset))
+    indices = random_choice(len(dataset), count, key)
     return measure(extractor, lambda part: dataset.batch(indices[part.start:part.stop])[0],
                    len(indices), rt, name=dataset.name)
 
@@ -307,19 +306,19 @@ def reference_statistics(extractor, dataset, rt):
 
 def check_images(extractor, *sides):
     """Raise unless data sets, `Statistics` and None fit each other and `extractor`."""
-    sets = [side for side in sides if isinstance(side, data.Dataset)]
-    for side in sides:
+    size = None
+    for side in filter(None, sides):
         if isinstance(side, Statistics):
             side.check(extractor.tag, extractor.dim, extractor.name)
-    for d in sets:
-        if d.is_latent or len(d) < 2:
-            raise UserError(f"{d.name}: FID needs two images or more, and no latents")
-        size = sets[0].resolution
-        wanted = extractor.shape or (size, size, d.channels)
-        if d.images.shape[1:] != wanted:
-            raise UserError(f"{d.name}: images [H, W, C] {list(d.images.shape[1:])}, but the other "
-                            f"side or {extractor.name} has {list(wanted)}; give --resolution N "
-                            "or use another network")
+            continue
+        if side.is_latent or len(side) < 2:
+            raise UserError(f"{side.name}: FID needs two images or more, and no latents")
+        size, shape = size or side.resolution, side.images.shape[1:]
+        wanted = extractor.shape or (size, size, side.channels)
+        if shape != wanted:
+            raise UserError(f"{side.name}: images [H, W, C] {list(shape)}, but the other side or "
+                            f"{extractor.name} has {list(wanted)}; give --resolution N or use "
+                            "another network")
 
 
 # ---- The distances
@@ -389,13 +388,11 @@ def open_side(spec, resolution=None):
             found = files.read_pickle(spec)["fid"]
             return Statistics(found["mu"], found["sigma"], INCEPTION_TAG, name=spec), None
     if kind.endswith(".npz") and Path(spec).is_file():
-        what = "a readable .npz of images or statistics"
-        with files.reading(spec, what), np.load(spec) as file:
+        with files.reading(spec, "a readable .npz of images or statistics"), np.load(spec) as file:
             names = set(file.files)
     given = Statistics.load(spec) if "mu" in names else None
-    if given and not names & {"arr_0", "images"}:
-        return given, None
-    return given, data.load(spec, resolution=resolution)
+    bare = given and not names & {"arr_0", "images"}
+    return given, None if bare else data.load(spec, resolution=resolution)
 
 
 def training_fid(args, dataset, run, net, write_networks):
