@@ -141,19 +141,12 @@ def initialise(layer, config, gain=1.0):
     return layer
 
 
-class Conv2d(nn.Conv2d):
-    """Change of resolution ("keep": none), then a convolution that keeps the size."""
-
-    def __init__(self, config, cin, cout, kernel, mode="keep", gain=1.0):
-        super().__init__(cin, cout, kernel, padding=kernel // 2)
-        initialise(self, config, gain)
-        self.mode, self.smooth = mode, config.architecture == "ncsnpp"
-
-    def forward(self, x):
-        return super().forward(resample(x, self.mode, self.smooth))
+def conv(config, cin, cout, kernel, gain=1.0):
+    """A convolution that keeps the size."""
+    return initialise(nn.Conv2d(cin, cout, kernel, padding=kernel // 2), config, gain)
 
 
-class FusedDownConv2d(Conv2d):
+class FusedDownConv2d(nn.Conv2d):
     """3x3 convolution, then down-sampling (NCSN++). The padding of both comes first."""
 
     def forward(self, x):
@@ -188,25 +181,26 @@ class EDMBlock(nn.Module):
         super().__init__()
         self.adm, self.dropout = config.architecture == "adm", config.dropout
         self.skip_scale = 1.0 if self.adm else 0.5**0.5  # keeps the variance of a sum
+        smooth = config.architecture == "ncsnpp"
+        self.resample = functools.partial(resample, mode=mode, smooth=smooth)
         eps, width = 1e-5 if self.adm else 1e-6, 4 * config.model_channels
         self.norm0 = GroupNorm(cin, eps)
-        self.conv0 = Conv2d(config, cin, cout, 3, mode)
+        self.conv0 = conv(config, cin, cout, 3)
         self.affine = initialise(nn.Linear(width, 2 * cout if self.adm else cout), config)
         self.norm1 = GroupNorm(cout, eps)
-        self.conv1 = Conv2d(config, cout, cout, 3, gain=1e-5)
+        self.conv1 = conv(config, cout, cout, 3, gain=1e-5)
         project = cin != cout or (mode != "keep" and not self.adm)
-        plain = functools.partial(resample, mode=mode)
-        self.skip = Conv2d(config, cin, cout, 1, mode) if project else plain
+        self.skip = conv(config, cin, cout, 1) if project else nn.Identity()
         self.heads = (cout // 64 if self.adm else 1) if attend else 0
         if self.heads:  # ADM has none below 64 channels
             self.norm2 = GroupNorm(cout, eps)
-            self.qkv = Conv2d(config, cout, 3 * cout, 1, gain=0.2**0.5)
-            self.proj = Conv2d(config, cout, cout, 1, gain=1e-5)
+            self.qkv = conv(config, cout, 3 * cout, 1, gain=0.2**0.5)
+            self.proj = conv(config, cout, cout, 1, gain=1e-5)
 
     def forward(self, x, emb):
-        shortcut = self.skip(x)
+        shortcut = self.skip(self.resample(x))
         params = self.affine(emb)[:, :, None, None]
-        x = self.conv0(F.silu(self.norm0(x)))
+        x = self.conv0(self.resample(F.silu(self.norm0(x))))
         if self.adm:  # scale and shift after the norm
             scale, shift = params.to(x.dtype).chunk(2, dim=1)
             x = F.silu(torch.addcmul(shift, self.norm1(x), scale + 1))
@@ -356,16 +350,17 @@ class UNet(nn.Module):
         # Encoder.
         block = functools.partial(EDM2Block if edm2 else EDMBlock, config)
         channels, aux = top if edm2 or adm else base, image
-        first = MPConv(image + 1, channels, 3) if edm2 else Conv2d(config, image, channels, 3)
+        first = MPConv(image + 1, channels, 3) if edm2 else conv(config, image, channels, 3)
         self.enc = nn.ModuleDict({f"{levels[0][0]}_conv": first})
         skips = [channels]  # channels of the encoder's outputs
         for level, (res, width, attend) in enumerate(levels):
             if level > 0:
                 self.enc[f"{res}_down"] = block(channels, channels, mode="down")
                 skips.append(channels)
-            if level > 0 and ncsnpp:
-                self.enc[f"{res}_aux_residual"] = FusedDownConv2d(config, aux, channels, 3)
-                aux = channels
+                if ncsnpp:
+                    pyramid = FusedDownConv2d(aux, channels, 3)
+                    self.enc[f"{res}_aux_residual"] = initialise(pyramid, config)
+                    aux = channels
             for i in range(config.num_blocks):
                 self.enc[f"{res}_block{i}"] = block(channels, width, attend=attend)
                 channels = width
@@ -393,7 +388,7 @@ class UNet(nn.Module):
             self.out_gain = nn.Parameter(torch.zeros([]))
             return
         self.out_norm = GroupNorm(channels, 1e-5 if adm else 1e-6)
-        self.out_conv = Conv2d(config, channels, image, 3, gain=1e-5)
+        self.out_conv = conv(config, channels, image, 3, gain=1e-5)
 
     def embed(self, c_noise, labels):
         """c_noise [N], labels [N] or None (no class: a zero vector) -> embedding [N, width]."""
