@@ -90,7 +90,7 @@ def inputs(net, indices, seed, device, label=None, candidate=0):
         labels = np.searchsorted(counts.cumsum() / counts.sum(), draws, side="right")
     else:
         seen = counts.nonzero()[0]
-        labels = [seen[i % len(seen)] if label == "each" else label for i in indices]
+        labels = [seen[i % len(seen)] if label == "each" else int(label) for i in indices]
     return z, torch.tensor(np.array(labels, np.int64), device=device)
 
 
@@ -191,21 +191,19 @@ def main():
         raise UserError("--candidates and --ratio go together: give a ratio.pt and K > 1")
     rt = training.Runtime(args.device, args.precision, alone=True)
     net = checkpoints.load_network(args.network, role="denoiser" if args.one_step else None)
-    role, classes = net.about["role"], net.config.label_dim
-    if role == "ratio":
+    if net.about["role"] == "ratio":
         raise UserError(f"{args.network} is a ratio network; give the network.pt beside it")
     if args.one_step:  # what stage 2 starts from
-        role, net.about = "generator", {**net.about, "role": "generator", "t_init": args.one_step}
-    known = {str(label): label for label in ["each", *range(classes)]} if classes else {}
-    if label and label not in known:
+        net.about |= {"role": "generator", "t_init": args.one_step}
+    classes = net.config.label_dim
+    if label and not classes or label not in (None, "each", *map(str, range(classes))):
         known = f"classes 0 to {classes - 1}" if classes else "no classes"
         raise UserError(f"--class {label}: {args.network} has {known}")
-    label = known.get(label)
     networks.place(net, rt.device)
     ratio = args.ratio and networks.place(load_ratio(args.ratio, net, args.network), rt.device)
     is_latent = net.config.img_channels == 4  # images have 1 or 3
     decode = latent_decoder(rt.device, args.vae) if is_latent else data.to_uint8
-    how = "one step" if role == "generator" else f"Heun, {args.steps} steps"
+    how = "one step" if net.about["role"] == "generator" else f"Heun, {args.steps} steps"
     print(f"{args.network}: {how}, {args.n} images")
 
     sizes = []  # effective sample sizes of the choices
