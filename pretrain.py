@@ -92,12 +92,13 @@ def load_init(args, dataset):
                         "first, or give --init a network of stage 1 or a published checkpoint")
     net = checkpoints.load_network(args.init, role="denoiser")
     config = net.config
-    wanted, fewest = (config.img_resolution, config.img_channels, config.label_dim), 1
-    if config.label_dim and (dataset.labels is None or dataset.label_dim > config.label_dim):
+    fit = not config.label_dim or 0 < dataset.label_dim <= config.label_dim
+    if not fit:
         dataset.require_labels()  # numbers the classes as stage 1 did, if the same have images
-        fewest = config.label_dim
+        fit = dataset.label_dim == config.label_dim
+    wanted = (config.img_resolution, config.img_channels, config.label_dim)
     found = (dataset.resolution, dataset.channels, dataset.label_dim)
-    if wanted[:2] != found[:2] or (wanted[2] and not fewest <= found[2] <= wanted[2]):
+    if wanted[:2] != found[:2] or not fit:
         raise UserError(f"{args.init} has (resolution, channels, classes) {wanted}, but "
                         f"{dataset.name} has {found}; choose the data of stage 1")
     return net

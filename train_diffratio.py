@@ -157,6 +157,7 @@ def main():
     ema.about = dict(role="generator", t_init=args.t_init, divergence=args.divergence,
                      data=args.data, seed=args.seed,
                      class_frequencies=dataset.class_frequencies(config.label_dim))
+    ratio.about = ema.about | {"role": "ratio"}
     run = training.Run(args, rt, "stage 2", dataset, generator=generator, ratio=ratio, ema=ema,
                        generator_optimizer=generator_optimizer, ratio_optimizer=ratio_optimizer)
     batches = data.batches(dataset, rt, args.seed, run.nimg * args.ratio_steps, args.xflip)
@@ -170,9 +171,8 @@ def main():
         return [weight * generator_loss(ratio, fake, sigma, eps, args.divergence, labels)]
 
     def write_networks(suffix="", **about):
-        about = ema.about | about | {"nimg": run.nimg}
-        checkpoints.save_network(run.dir / f"network{suffix}.pt", ema, **about)
-        checkpoints.save_network(run.dir / f"ratio{suffix}.pt", ratio, **about | {"role": "ratio"})
+        for name, net in (("network", ema), ("ratio", ratio)):
+            checkpoints.save_network(run.dir / f"{name}{suffix}.pt", net, nimg=run.nimg, **about)
 
     measure_fid = fid.training_fid(args, dataset, run, ema, write_networks)
     while run.unfinished():
