@@ -68,7 +68,7 @@ POOLS = {
 
 
 class Inception:
-    """x [N, 3, 299, 299] in [-1, 1) -> features [N, 2048], logits [N, 1008] (arXiv 1512.00567).
+    """uint8 images [N, H, W, 1 or 3] -> features [N, 2048], logits [N, 1008] (arXiv 1512.00567).
 
     state: tensors as in the file of weights. BatchNorm is folded into the convolutions, in float64.
     """
@@ -95,8 +95,9 @@ class Inception:
                 x = F.conv2d(x, *self.layers[prefix + name], int(stride or 1), padding).relu_()
         return x
 
-    def __call__(self, x):
-        x = self.chain(x, STEM)
+    def __call__(self, images):
+        x = resize_tf1(images).expand(-1, -1, -1, 3)  # gray is repeated to three channels
+        x = self.chain((x.permute(0, 3, 1, 2) - 128) / 128, STEM)
         for block, branches in BLOCKS.items():
             outputs = [self.chain(x, names, f"Mixed_{block}.branch") for names in branches]
             x = torch.cat(outputs, dim=1)
@@ -153,18 +154,13 @@ def inception(rt, path=None):
         files.download(url, file, "sha256", INCEPTION_HASH)
     with files.reading(file, "the weights of Inception v3", f"get {url}"):
         net = Inception(files.load_plain(file), rt.device)
-        net(torch.zeros(1, 3, 299, 299, device=rt.device))  # fails where weights do not fit
+        net(torch.zeros(1, 8, 8, 3, device=rt.device))  # fails where weights do not fit
         found = files.file_hash(file)
     tag = INCEPTION_TAG if found.startswith(INCEPTION_HASH) else f"inception sha256:{found[:16]}"
     if tag != INCEPTION_TAG and rt.is_main:
         print(f"warning: {file}: SHA-256 {found[:8]}..., not {INCEPTION_HASH}: the results do not "
               "compare with published ones", file=sys.stderr)
-
-    def function(images):
-        x = resize_tf1(images).expand(-1, -1, -1, 3)  # gray is repeated to three channels
-        return net((x.permute(0, 3, 1, 2) - 128) / 128)
-
-    return Extractor("Inception", tag, 2048, None, rt.device, function)
+    return Extractor("Inception", tag, 2048, None, rt.device, net)
 
 
 def network_features(rt, path):

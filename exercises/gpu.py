@@ -143,7 +143,7 @@ def features(config, rt, compiled=False):
     net = fid.Inception({k: torch.ones(shape) for k, shape in inception_shapes().items()}, rt.device)
     pixels = config.img_resolution * (8 if config.architecture == "edm2" else 1)  # the images behind latents
     images = torch.zeros(rt.batch, pixels, pixels, 3, dtype=torch.uint8, device=rt.device)
-    return lambda: net((fid.resize_tf1(images).permute(0, 3, 1, 2) - 128) / 128)
+    return lambda: net(images)
 
 
 MEASURED = {  # name of the row: the function that prepares it
