@@ -313,8 +313,7 @@ def check_images(extractor, *sides):
         wanted = extractor.shape or (size, size, side.channels)
         if shape != wanted:
             raise UserError(f"{side.name}: images [H, W, C] {list(shape)}, but the other side or "
-                            f"{extractor.name} has {list(wanted)}; give --resolution N or use "
-                            "another network")
+                            f"{extractor.name} has {list(wanted)}; make them alike (--resolution)")
 
 
 # ---- The distances

@@ -91,7 +91,7 @@ def inputs(net, indices, seed, device, label=None, candidate=0):
     else:
         seen = counts.nonzero()[0]
         labels = [seen[i % len(seen)] if label == "each" else int(label) for i in indices]
-    return z, torch.tensor(np.array(labels, np.int64), device=device)
+    return z, torch.tensor(labels, device=device)
 
 
 def pick(h, indices, seed):
@@ -137,8 +137,7 @@ def latent_decoder(device, vae=VAE):
     try:
         from diffusers import AutoencoderKL
     except ImportError:
-        raise UserError("latents are decoded with diffusers, which is missing; "
-                        "`pip install diffusers`") from None
+        raise UserError("latents are decoded with diffusers; `pip install diffusers`") from None
     with files.reading(vae, "a decoder that can be loaded", "give its folder with --vae"):
         model = AutoencoderKL.from_pretrained(vae, use_safetensors=True).to(device).eval()
 
