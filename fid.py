@@ -233,7 +233,7 @@ def distance_name(tag):
 
 
 def random_choice(n, limit, key="pairs"):
-    """Sorted indices [min(n, limit)], random but the same for each n and key."""
+    """Sorted indices [min(n, limit)], or all (None): random, but the same for each n and key."""
     return torch.randperm(n, generator=training.rng("cpu", key))[:limit].sort().values
 
 
