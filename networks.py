@@ -9,7 +9,7 @@ of the published checkpoints:
     edm2     EDM2 (arXiv 2312.02696), configuration G: ImageNet 512x512 latents
 
 Shapes: x [N, C, H, W] float32, sigma [N] (standard deviation of the noise, for data scaled to
-[-1, 1]), labels [N] int64 or None.
+[-1, 1]), labels [N] int64 or None (ignored by networks without classes).
 """
 
 import dataclasses

@@ -133,7 +133,7 @@ def main():
         sigma, eps = (rt.randn() * args.p_std + args.p_mean).exp(), rt.randn(*x.shape[1:])
         (loss,) = optimizer.step(
             learning_rate(args, run.nimg + args.batch), lambda *part: [denoising_loss(net, *part)],
-            x, sigma, eps, labels if args.cond else None)
+            x, sigma, eps, labels)
         run.add(loss=loss.sum() / x[0].numel())
         run.advance()
         networks.update_ema(ema, net, args.batch, args.ema_halflife_kimg * 1000, run.nimg)

@@ -182,8 +182,7 @@ def main():
         ratio.requires_grad_(True)
         for k in range(args.ratio_steps):
             rt.seed(args.seed, run.nimg, k, "stage 2")  # decides all that is drawn until the next
-            real, labels = next(batches)
-            labels = labels if config.label_dim else None  # samples have the classes of the data
+            real, labels = next(batches)  # samples have the classes of the data
             z, sigma = rt.randn(*shape), noise_levels(args, rt)
             fake = rt.in_parts(G, z, labels, graph=k == args.ratio_steps - 1)  # step 2 needs it
             eps_real, eps_fake = rt.randn(*shape), rt.randn(*shape)
