@@ -361,6 +361,9 @@ def precision_recall(reference, samples, k=3):
     Around each point lies a ball that reaches to the k-th nearest other point of its set. Precision
     is the share of samples in a ball of the reference, recall the other way round.
     """
+    if min(len(reference), len(samples)) <= k:
+        raise UserError(f"precision and recall with k = {k} need at least {k + 1} images per side")
+
     def share(x, y):  # of the points x that lie in a ball of y
         x, y = x.double(), y.double()
         rows = max(1, 6_000_000 // len(y))  # 50 MB of distances at once

@@ -1,7 +1,7 @@
 """The networks: denoisers D(x; sigma) of EDM and EDM2, and the ratio network h(x, sigma).
 
-Four architectures, whose weights have the shapes and (but for a few, see `load_network`) the names
-of the published checkpoints:
+Four architectures, whose weights have the shapes and, but for a few (machinery/checkpoints.py), the
+names of the published checkpoints:
 
     ddpmpp   DDPM++ of EDM (arXiv 2206.00364, Table 7): CIFAR-10, FFHQ, AFHQv2, our small presets
     ncsnpp   NCSN++ of EDM: Fourier embedding, a pyramid of the input, a wider resampling filter
