@@ -420,8 +420,8 @@ def save_grid(images, path, columns, scale=1, padding=2):
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     around = [(0, -len(images) % columns), (0, padding), (0, padding), (0, 0)]
     images = np.pad(images, around, constant_values=255)
-    rows = images.reshape(-1, columns, *images.shape[1:]).swapaxes(1, 2)
-    grid = rows.reshape(rows.shape[0] * rows.shape[1], -1, rows.shape[-1])
+    rows = images.reshape(-1, columns, *images.shape[1:])
+    grid = np.concatenate(np.concatenate(rows, axis=1), axis=1)
     grid = np.pad(grid, [(padding, 0), (padding, 0), (0, 0)], constant_values=255)
     with atomic(path) as part:
         _to_pillow(grid).save(part, format="PNG")  # the temporary name does not end in .png
