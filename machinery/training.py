@@ -28,7 +28,7 @@ _signals = argparse.Namespace(in_step=False, number=0, time=0.0)  # first signal
 
 
 class Stopped(BaseException):
-    """A signal ends the script where nothing is lost: Stopped(line to print, signal)."""
+    """A signal ends the script where nothing is lost: Stopped(line to print, exit code)."""
 
 
 def run(main):
@@ -46,7 +46,7 @@ def run(main):
     except OSError as error:  # a full disk, no permission: the system's own words are clear
         _end(": ".join(filter(None, ["error", error.strerror or str(error), error.filename])))
     except Stopped as stop:
-        _end(stop.args[0], 128 + stop.args[1])
+        _end(*stop.args)
     except Exception as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             cause = getattr(error, "inner_exception", error)  # no C++ compiler, for example
@@ -54,7 +54,7 @@ def run(main):
         if _place()[1] == 1:
             raise
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            _end(f"error: another rank has gone ({str(error).split('. ')[0]})", 1, patience=2)
+            _end(f"error: another rank has gone ({str(error).split('. ')[0]})", 1, wait=2)
         _end(traceback.format_exc(), 1)
     finally:
         _at_end.close()
@@ -63,7 +63,7 @@ def run(main):
 
 def _on_signal(number, frame):
     if not _signals.in_step:
-        raise Stopped("stopped; the same command continues a run from its checkpoint", number)
+        raise Stopped("stopped; the same command continues from the checkpoint", 128 + number)
     if not _signals.number:
         _signals.number, _signals.time = number, time.monotonic()
         with contextlib.suppress(OSError):  # a closed terminal; print may be what was interrupted
@@ -78,18 +78,18 @@ def _place():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _end(message, code=2, patience=1):
+def _end(message, code=2, wait=0):
     """Print `message` and end this process. Only one rank prints; no rank waits for another.
 
-    The first rank prints at once, unless another may have a better message (patience 2). torchrun
-    ends the others within `patience` seconds.
+    The first one does, after `wait` seconds: another may have a better message. torchrun ends the
+    others before their turn, a second later.
     """
     rank, world_size = _place()
     if world_size > 1:
         if code > 128 and rank:  # all ranks agreed to stop
             os._exit(code)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(patience if rank or patience > 1 else 0)
+        time.sleep(wait + (rank > 0))
     name = Path(sys.argv[0]).name + (f", rank {rank}" if rank else "")
     with contextlib.suppress(OSError):  # a closed terminal
         print(f"{name}: {message.rstrip()}", file=sys.stderr, flush=True)
@@ -167,16 +167,15 @@ class Runtime:
 
     def randn(self, *shape):
         """Standard normal [images of this rank, *shape]: a share of the numbers of all ranks."""
-        return self._share(torch.randn, self.batch, *shape)
+        return self._share(torch.randn, *shape)
 
     def rand(self):
         """Uniform in [0, 1), [images of this rank]."""
-        return self._share(torch.rand, self.batch)
+        return self._share(torch.rand)
 
     def _share(self, draw, *shape):  # each rank draws the whole batch: more ranks change nothing
-        numbers = draw(*shape, device=self.device, generator=self.generator)
-        mine = numbers[self.rank * self.share :][: self.share]
-        return numbers if self.world_size == 1 else mine.clone()  # a view would keep them all
+        numbers = draw(self.batch, *shape, device=self.device, generator=self.generator)
+        return numbers.chunk(self.world_size)[self.rank].clone()  # a view would keep them all
 
     def parts(self, *tensors):
         """Iterate over the micro-batches of tensors [images of this rank, ...] or None."""
@@ -188,18 +187,15 @@ class Runtime:
         with self.autocast(), torch.set_grad_enabled(graph and self.micro_batch == self.share):
             return torch.cat([function(*part) for part in self.parts(*tensors)])
 
-    def sum(self, tensor):
+    def sum(self, tensor, operation=dist.ReduceOp.SUM):
         """Sum of `tensor` over the ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, operation)
         return tensor
 
     def agree(self, value):
         """The largest of all ranks' `value`, an int. On the CPU: no GPU is waited for."""
-        box = torch.tensor(int(value))
-        if self.world_size > 1:
-            dist.all_reduce(box, dist.ReduceOp.MAX)
-        return box.item()
+        return self.sum(torch.tensor(int(value)), dist.ReduceOp.MAX).item()
 
     def main_first(self, make):
         """`make()` on every rank, one of each machine first: it fills the caches for the others."""
@@ -281,9 +277,9 @@ def number(name, kind, low, high=math.inf):
     """An argparse type: a number in [low, high). `name` is for the error message."""
 
     def parse(text):
-        if not low <= kind(text) < high:
-            raise ValueError
-        return kind(text)
+        if low <= (value := kind(text)) < high:
+            return value
+        raise ValueError
 
     parse.__name__ = name
     return parse
@@ -495,7 +491,7 @@ class Run:
         _signals.in_step = False
         if number := self.rt.agree(_signals.number):
             raise Stopped(f"{self.stage} stopped at {self.nimg / 1000:g} kimg; the same command "
-                          "continues it", number)
+                          "continues it", 128 + number)
         if self.nimg >= self.total_nimg:
             self.rt.print(f"{self.stage} is done: {self.dir / 'network.pt'}")
 
