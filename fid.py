@@ -418,7 +418,7 @@ def training_fid(args, dataset, run, net, write_networks):
            "reference": Path(reference.name).name}  # the folder may move
 
     def measure_fid():
-        if run.due(args.fid_every) and run.lacks("fid"):
+        if run.due(args.fid_every):
             value = frechet_distance(measure(extractor, read, args.fid_images, rt)[0], reference)
             before = [line["fid"] for line in run.log if line.items() >= how.items()]
             if rt.is_main and value < min(before, default=math.inf):
@@ -426,7 +426,9 @@ def training_fid(args, dataset, run, net, write_networks):
             name = distance_name(extractor.tag)
             run.write({"fid": value, **how}, f"{name} {value:.4g} of {args.fid_images} samples")
 
-    measure_fid()  # if the run was stopped before it
+    done = any("fid" in line for line in run.log if line["nimg"] == run.nimg)
+    if rt.agree(rt.is_main and not done):  # the run was stopped before it
+        measure_fid()
     return measure_fid
 
 

@@ -470,11 +470,6 @@ class Run:
             files.flush(self.log_path)
         self.rt.print(text)
 
-    def lacks(self, name):
-        """Whether `name` is not logged yet at this step."""
-        here = any(name in record for record in self.log if record["nimg"] == self.nimg)
-        return bool(self.rt.agree(self.rt.is_main and not here))
-
     def save(self, write_networks):
         """On the first rank write the network files by `write_networks()`, then the checkpoint.
 
