@@ -178,8 +178,8 @@ def call(command, root):
         try:
             process.wait()
         except training.Stopped as stop:  # the script stops with a checkpoint; Ctrl-C has reached it already
-            if stop.args[1] != signal.SIGINT:
-                process.send_signal(stop.args[1])
+            if (number := stop.args[1] - 128) != signal.SIGINT:
+                process.send_signal(number)
     if (code := process.returncode) < 0:  # it crashed or was killed, without a message of its own
         print(f"run.py: {command[1]} was ended by signal {-code} ({signal.strsignal(-code)})", file=sys.stderr)
     if code:
