@@ -86,10 +86,10 @@ def test_another_way_to_do_both_at_once_is_right_too(edited, verdict):
 def test_the_script_as_it_is_is_variant_a_and_an_error_names_its_line(edited, verdict, refused):
     right, shown = verdict("5", STAGE2)
     assert not right and "your script is: a" in shown
-    broken = edited(STAGE2, {"real, labels = batches": "real, labels = batch"})
+    broken = edited(STAGE2, {"real, labels = next": "real, labels = nexts"})
     error = refused(check, "5", "--script", broken)
     assert "fails in line" in error and "NameError" in error
-    broken = edited(STAGE2, {"real, labels = batches": "raise NotImplementedError; real, labels = batches"})
+    broken = edited(STAGE2, {"real, labels = next": "raise NotImplementedError; real, labels = next"})
     assert "fails in line" in refused(check, "5", "--script", broken)
     assert "has no SETTINGS" in refused(check, "7", "--script", BLANK)
     frozen = edited(STAGE2, {changes.UNFROZEN: changes.UNFROZEN.replace("True", "False")})

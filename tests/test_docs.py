@@ -42,7 +42,7 @@ def test_commands_parse(monkeypatch, script, words):
     for name in ("parse_args", "parse_intermixed_args") if "/" in script else ():
         parse = getattr(argparse.ArgumentParser, name)
         monkeypatch.setattr(argparse.ArgumentParser, name, lambda *args, parse=parse: stop(parse(*args)))
-    monkeypatch.setattr(training, "start", stop)
+    monkeypatch.setattr(training, "Runtime", stop)
     monkeypatch.setattr(sys, "argv", [script, *words])
     monkeypatch.syspath_prepend(str((ROOT / script).parent))
     with pytest.raises(Parsed):

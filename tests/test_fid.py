@@ -289,7 +289,7 @@ test_fid.training.run(lambda: None)
 def test_sizes_before_training(samples, reference, message, tmp_path, monkeypatch):
     monkeypatch.setattr(fid.sample, "latent_decoder", lambda *args: len)
     path = reference and str(make(tmp_path / "reference.npz", reference))
-    args = Mock(fid_features=NETWORK, fid_reference=path, resolution=None)
+    args = Mock(fid_features=NETWORK, inception=None, fid_reference=path, resolution=None)
     with pytest.raises(UserError, match=message):
         fid.training_fid(args, data.Dataset("mine", samples), Mock(rt=ONE_RANK), None, None)
 
@@ -297,8 +297,8 @@ def test_sizes_before_training(samples, reference, message, tmp_path, monkeypatc
 def test_the_best_network_is_the_best_of_measurements_alike(monkeypatch):
     """A run that resumes with other features, another reference or number of samples has another scale."""
     run, written = Mock(rt=ONE_RANK, log=[{"nimg": 32, "fid": 0.001, "features": "others", "images": 50}]), []
-    run.write = lambda record, text: run.log.append(record)
-    args = Mock(fid_features=NETWORK, fid_reference=None, fid_images=2)
+    run.write = lambda record, text: run.log.append({"nimg": 0, **record})
+    args = Mock(fid_features=NETWORK, inception=None, fid_reference=None, fid_images=2)
     monkeypatch.setattr(fid, "measure", lambda *args: (None, None))
     reference = Mock()
     monkeypatch.setattr(fid, "reference_statistics", lambda *args: reference)

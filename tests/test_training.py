@@ -285,7 +285,7 @@ def test_a_damaged_log_or_checkpoint_is_named(refused, stage1, tmp_path):
     assert f"{log}: not the log of a run" in refused(pretrain, *args)
     log.write_bytes(whole)
     for changes, message in (
-        ({"net": None}, "not a checkpoint of such a run"), ({"format": 1}, "started by another"),
+        ({"net": None}, "not a checkpoint of such a run"), ({"kind": "training state of stage 1"}, "holds a"),
         ({"net": {**state["net"], "more": torch.zeros(1)}}, "not a checkpoint of such a run"),
     ):
         files.save_checkpoint({**state, **changes}, checkpoint)
