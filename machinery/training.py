@@ -385,8 +385,8 @@ class Run:
 
     def _restore(self, state):
         if state["kind"] != self.kind:
-            raise UserError(f"holds a {state['kind']}, but this version of {self.stage} reads only a "
-                            f"{self.kind}; choose another --outdir")
+            raise UserError(f"holds a {state['kind']}, but this program reads only a {self.kind}; "
+                            "choose another --outdir")
         for key, new in self.settings.items():
             if (old := state["settings"].get(key)) != new:
                 raise UserError(f"{self.path} was trained with --{key.replace('_', '-')} {old}, "
