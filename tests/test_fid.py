@@ -338,7 +338,7 @@ def test_command_with_inception(command, npz, weights, tmp_path):
     assert (saved.n, saved.name, saved.features) == (2, str(b), result["features"])
 
 
-@pytest.mark.parametrize("name, tag", [("b.npz", "test"), ("b.pkl", fid.INCEPTION_TAG)])
+@pytest.mark.parametrize("name, tag", [("b.NPZ", "test"), ("b.PKL", fid.INCEPTION_TAG)])
 def test_command_with_statistics_on_both_sides(name, tag, command, tmp_path):
     """Needs no network and no images: |mu_a - mu_b|^2 + d (2 - 1)^2.
 
@@ -347,7 +347,7 @@ def test_command_with_statistics_on_both_sides(name, tag, command, tmp_path):
     fid.Statistics(np.array([3.0, 0.0]), 4 * np.eye(2), tag).save(tmp_path / "a.npz")
     moments = dict(mu=np.zeros(2), sigma=np.eye(2))
     pickled = pickle.dumps({"fid": moments, "fd_dinov2": {}})
-    make(tmp_path / name, pickled if name == "b.pkl" else moments | {"features": tag})
+    make(tmp_path / name, pickled if name == "b.PKL" else moments | {"features": tag})
     result, _ = command(tmp_path / "a.npz", tmp_path / name)
     assert result["fid"] == pytest.approx(9 + 2, abs=1e-6)
     assert result["n_samples"] is result["is_mean"] is None and result["features"] == tag

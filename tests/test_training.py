@@ -1,11 +1,13 @@
 """Promises of the scripts: what they train and draw, and that bad input is one line. How runs end is in test_runs.py."""
 
+import argparse
 import dataclasses
 import json
 import math
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -124,6 +126,26 @@ def test_noise_levels_have_the_distribution_that_the_flags_name(monkeypatch, fla
     for level, share in shares.items():
         by_chance = (share * (1 - share) / n) ** 0.5
         assert abs((sigma > level).double().mean() - share) <= 3 * by_chance
+
+
+@pytest.mark.parametrize("labels, fit", [([0, 1, 2], True), ([0, 1, 1], True), ([0, 3, 7], True), ([0, 0, 7], False)])
+def test_stage_2_numbers_the_classes_as_stage_1_or_refuses(tmp_path, labels, fit):
+    """Of classes 0 and 7 nobody knows which of three they were."""
+    net = networks.Denoiser(dataclasses.replace(networks.NETWORKS["digits"], label_dim=3))
+    checkpoints.save_network(tmp_path / "network.pt", net, role="denoiser")
+    args = argparse.Namespace(init=str(tmp_path / "network.pt"), preset="digits")
+    dataset = data.Dataset("some", np.zeros((3, 8, 8, 1), np.uint8), np.array(labels))
+    if not fit:
+        with pytest.raises(files.UserError, match="choose the data of stage 1"):
+            pretrain.load_init(args, dataset)
+    else:
+        pretrain.load_init(args, dataset)
+        assert dataset.labels.tolist() == [0, 1, 1 if labels[2] == 1 else 2]
+
+
+def test_an_interval_of_a_length_that_no_float_has_is_due_in_time():
+    run = Mock(nimg=16_100, total_nimg=10**6, rt=Mock(batch=100))  # 16.1 * 1000 is 16100.000000000002
+    assert training.Run.due(run, 16.1) and not training.Run.due(run, 16.2)
 
 
 def test_learning_rates_fall_over_the_run_unless_told_otherwise(monkeypatch):
