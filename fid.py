@@ -141,7 +141,8 @@ class Extractor:
 def load_extractor(rt, features=None, weights=None):
     """The features of the stage-1 network `features`, or else Inception's with `weights`."""
     if features and weights:
-        raise UserError("Inception's weights and a network for the features exclude each other")
+        raise UserError("--inception and a network for the features (--features, --fid-features) "
+                        "exclude each other; give one")
     make, path = (network_features, features) if features else (inception, weights)
     return rt.main_first(lambda: make(rt, path))
 
@@ -198,10 +199,12 @@ class Statistics:
                 and np.isfinite(mu).all() and np.isfinite(sigma).all()
                 and np.abs(sigma - sigma.T).max() <= 1e-5 * np.abs(sigma).max()
                 and sigma.diagonal().min() >= -1e-5 * np.abs(sigma).max()):
-            raise UserError(f"{self.name}: expected finite float64 [d] and a covariance [d, d]")
+            raise UserError(f"{self.name}: expected finite float64 [d] and a covariance [d, d]; "
+                            "make them again")
         if rows is not None and not (rows.dtype == np.float32 and rows.shape[1:] == mu.shape
                                      and np.isfinite(rows).all()):
-            raise UserError(f"{self.name}: expected finite float32 rows [m, {len(mu)}]")
+            raise UserError(f"{self.name}: expected finite float32 rows [m, {len(mu)}]; "
+                            "make them again")
         self.mu, self.sigma = mu.astype(np.float64), sigma.astype(np.float64)
 
     def save(self, path):
@@ -313,7 +316,8 @@ def check_images(extractor, *sides):
         wanted = extractor.shape or (size, size, side.channels)
         if shape != wanted:
             raise UserError(f"{side.name}: images [H, W, C] {list(shape)}, but the other side or "
-                            f"{extractor.name} has {list(wanted)}; make them alike (--resolution)")
+                            f"{extractor.name} has {list(wanted)}; give --resolution N or use "
+                            "another network")
 
 
 # ---- The distances

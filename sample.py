@@ -137,7 +137,8 @@ def latent_decoder(device, vae=VAE):
     try:
         from diffusers import AutoencoderKL
     except ImportError:
-        raise UserError("latents are decoded with diffusers; `pip install diffusers`") from None
+        raise UserError("latents are decoded with diffusers, which is missing; "
+                        "`pip install diffusers`") from None
     with files.reading(vae, "a decoder that can be loaded", "give its folder with --vae"):
         model = AutoencoderKL.from_pretrained(vae, use_safetensors=True).to(device).eval()
 

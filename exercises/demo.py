@@ -68,7 +68,7 @@ def main():
         print(f"  {name:26}{value:9.5f}   {EXPECTED[name]}")
     print(f"""\
   one step after stage 2 is at {mean[AFTER] / mean[HALVES]:.2f} times the distance of two halves of the data (expected: below 3)
-  and, with {4 * whole} samples, {before / after:.0f} times closer to the data than before stage 2 (expected: 65 to 300)
+  and, with {4 * whole} samples, {before / after:.0f} times closer to the data than before stage 2 (expected: above 100)
   shares of the ten digits: {shares.min():.1f} % to {shares.max():.1f} % (expected: 4 % to 20 %)
 
 look at {path}: data | {HEUN} | one step before stage 2 | one step after""")

@@ -175,6 +175,8 @@ class Runtime:
 
     def _share(self, draw, *shape):  # each rank draws the whole batch: more ranks change nothing
         numbers = draw(self.batch, *shape, device=self.device, generator=self.generator)
+        if self.world_size == 1:
+            return numbers
         return numbers.chunk(self.world_size)[self.rank].clone()  # a view would keep them all
 
     def parts(self, *tensors):
@@ -377,8 +379,8 @@ class Run:
         labels = "labels not used" if dataset.label_dim else "no labels"
         if parts["ema"].config.label_dim:
             labels = " ".join([f"{dataset.label_dim} classes", *(dataset.classes or [])[:10]])
-        nets = [part for name, part in parts.items() if name != "ema" and hasattr(part, "config")]
-        sizes = " + ".join(f"{networks.parameter_count(net) / 1e6:.2f}" for net in nets)
+        sizes = " + ".join(f"{networks.parameter_count(part.net) / 1e6:.2f}"
+                           for part in parts.values() if isinstance(part, Optimizer))
         rt.print(f"{stage}: {sizes} M parameters, {dataset.name} ({len(dataset)} images, "
                  f"{labels}), {rt.world_size} x {rt.device.type}, {rt.precision}, "
                  f"batch {rt.batch} in parts of {rt.micro_batch}")
@@ -468,7 +470,6 @@ class Run:
             self.log.append({"nimg": self.nimg, **record})
             with open(self.log_path, "a") as file:
                 file.write(json.dumps(self.log[-1]) + "\n")
-            files.flush(self.log_path)
         self.rt.print(text)
 
     def save(self, write_networks):
@@ -481,6 +482,8 @@ class Run:
         self._check(state["ema"])
         if self.rt.is_main:
             write_networks()
+            if self.log_path.exists():
+                files.flush(self.log_path)
             about = dict(kind=self.kind, nimg=self.nimg, logged_nimg=self.logged_nimg,
                          settings=self.settings, sums=self.sums)
             files.save_checkpoint({**about, **state}, self.path)
