@@ -22,7 +22,7 @@ import train_diffratio
 from machinery import files
 from machinery.checkpoints import load_network, save_network
 from machinery.files import UserError, read_pickle
-from networks import Denoiser
+from networks import Denoiser, EDMBlock
 
 
 class EasyDict(dict):
@@ -90,8 +90,8 @@ def with_names_of_edm(net):
         net.model.dec[f"{size}x{size}_aux_conv"] = net.model.out_conv
         del net.model.out_norm, net.model.out_conv
     for module in net.modules():
-        if getattr(module, "mode", "keep") != "keep":
-            module.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
+        if isinstance(module, EDMBlock) and module.resample.keywords["mode"] != "keep":
+            module.conv0.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
     return net
 
 
