@@ -1,7 +1,9 @@
 """What the tests of the scripts share."""
 
+import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -51,13 +53,13 @@ def call():
 
 @pytest.fixture
 def refused(call, capsys):
-    """Function (script, *arguments) -> its one error line; its exit code is 2."""
+    """Function (script, *arguments) -> its last line, an error; it ends with this exit code."""
 
-    def run(script, *args):
+    def run(script, *args, code=2):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             call(script, *args)
-        assert stop.value.code == 2
+        assert stop.value.code == code
         error = capsys.readouterr().err.strip()
         assert "Traceback" not in error and "\n" not in error, error
         return error
@@ -74,9 +76,20 @@ def stage1(call, tmp_path_factory):
     return out
 
 
-def stage_2_arguments():
-    """What train_diffratio.py makes of the command line."""
-    return training.arguments("", train_diffratio.SETTINGS, train_diffratio.PRESETS)
+def stage_2_arguments(*flags):
+    """What train_diffratio.py makes of them."""
+    with mock.patch.object(sys, "argv", ["train_diffratio.py", *flags]):
+        return training.arguments("", train_diffratio.SETTINGS, train_diffratio.PRESETS)
+
+
+def python(text, *args, ranks=0):
+    """Run the program `text` in a process, or in several ranks that torchrun starts."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks,
+                "--no-python", sys.executable] if ranks else []
+    named = "import sys\nsys.argv[0] = 'script.py'\n" + text
+    command = [sys.executable, *launcher, "-c", named, *args]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env)
 
 
 def weights(path):
@@ -92,8 +105,7 @@ def same(a, b):
 def alike(a, b, start, share=0.01):
     """Whether two trainings from `start` differ by less than `share` of the way they went.
 
-    No bound on single weights holds: Adam begins with a full step along each gradient's sign,
-    which rounding decides where the gradient is nearly zero.
+    No bound on single weights holds: Adam's first step is full where only rounding has a sign.
     """
     apart, way = (torch.cat([(a[k] - c[k]).flatten() for k in a]).norm() for c in (b, start))
     return a.keys() == b.keys() == start.keys() and apart < share * way

@@ -103,6 +103,7 @@ def test_the_script_as_it_is_is_variant_a_and_an_error_names_its_line(edited, ve
 NO_ENCODER = {changes.ENCODER: "        pass\n"}
 NO_HEAD = {changes.UNFROZEN: changes.UNFROZEN.replace("\n", ".head.requires_grad_(False)\n")}
 UNIFORM, LINEAR = "(math.log(0.05) + rt.rand() * math.log(100)).exp()", "0.05 + rt.rand() * 4.95"
+VSD, ONE = "direction = sample_weight(fake, right) * (wrong - right)", "direction = (wrong - right)"
 
 
 def levels(formula):
@@ -110,11 +111,6 @@ def levels(formula):
     first = '    if args.noise == "karras":  # uniform in the index'
     return {'["lognormal", "karras"]': '["lognormal", "karras", "mine"]',
             first: f'    if args.noise == "mine":\n        return {formula}\n{first}'}
-
-
-def direction(formula):
-    """The edit that makes this the direction of VSD."""
-    return {"direction = sample_weight(fake, right) * (wrong - right)": f"direction = {formula}"}
 
 
 @pytest.mark.parametrize("command, script, edits, said", [
@@ -125,9 +121,9 @@ def direction(formula):
     ("8", STAGE2, NO_HEAD, "move: none"),  # behind a head of zeros no gradient reaches the encoder
     ("7", STAGE2, levels(UNIFORM), "right"),
     ("7", STAGE2, levels(LINEAR), "uniform in ln sigma"),
-    ("10", TEACHER, direction("wrong - right"), "right"),
-    ("10 1/sigma^2", TEACHER, direction("wrong - right"), "weight of a sample: 1\n"),
-    ("10 1/sigma^2", TEACHER, direction("(wrong - right) / sigma.view(-1, 1, 1, 1) ** 2"), "right"),
+    ("10", TEACHER, {VSD: ONE}, "right"),
+    ("10 1/sigma^2", TEACHER, {VSD: ONE}, "weight of a sample: 1\n"),
+    ("10 1/sigma^2", TEACHER, {VSD: f"{ONE} / sigma.view(-1, 1, 1, 1) ** 2"}, "right"),
     ("10", TEACHER, {}, "at sigma 0.1, 0.5, 1, 2"),
     ("2", STAGE2, changes.CHANGES["divergences"], "right"),
     ("2", STAGE2, {}, "no line yet"),

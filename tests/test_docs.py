@@ -5,17 +5,16 @@ import importlib
 import re
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
 import sympy  # comes with PyTorch
 import torch
 from check import F_OF_U
+from conftest import ROOT
 
 from machinery import training
 from train_diffratio import DIVERGENCES
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *(path for folder in ("docs", "exercises", "exercises/solutions", "assets")
                                for path in (ROOT / folder).glob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(PAGES)}
@@ -46,7 +45,7 @@ def test_commands_parse(monkeypatch, script, words):
     monkeypatch.setattr(sys, "argv", [script, *words])
     monkeypatch.syspath_prepend(str((ROOT / script).parent))
     with pytest.raises(Parsed):
-        importlib.import_module(Path(script).stem).main()
+        importlib.import_module((ROOT / script).stem).main()
 
 
 def anchors(text):

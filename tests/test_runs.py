@@ -1,6 +1,5 @@
-"""Promises of a run: it continues exactly after any stop, ranks and micro-batches change nothing,
-a failure is one line. What happens at a step or in a rank is brought about there, without waiting.
-"""
+"""A run continues exactly after any stop, ranks and micro-batches change nothing, failures are lines.
+What happens at a step or in a rank is brought about there, without waiting."""
 
 import functools
 import itertools
@@ -8,14 +7,13 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import types
 from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, alike, weights
+from conftest import SHORT, alike, python, weights
 from torch.utils._pytree import tree_flatten
 
 import fid
@@ -65,19 +63,11 @@ def assert_same_run(a, b):
             assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
-def python(text, *args, ranks=0):
-    """Run the program `text` in a process, or in several ranks that torchrun starts."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks,
-                "--no-python", sys.executable] if ranks else []
-    path = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[0] = 'script.py'\n"
-    command = [sys.executable, *launcher, "-c", path + text, *args]
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def said(done):
-    """The lines that the program itself wrote on standard error, without torchrun's."""
-    return [line for line in done.stderr.splitlines() if line.startswith("script.py")]
+def line_of(failed):
+    """The one line that a process which failed wrote on standard error, without torchrun's."""
+    said = [line for line in failed.stderr.splitlines() if line.startswith("script.py")]
+    assert len(said) == 1 and failed.returncode != 0, failed.stderr
+    return said[0]
 
 
 # ---- Any stop
@@ -87,7 +77,7 @@ def said(done):
     (1, (signal.SIGTERM, signal.SIGTERM)), (2, (signal.SIGINT, signal.SIGHUP)),
 ])
 def test_a_run_continues_exactly_after_a_signal_and_after_its_end(
-        call, whole, tmp_path, monkeypatch, capsys, stage, numbers, device):
+        call, refused, whole, tmp_path, monkeypatch, stage, numbers, device):
     """Between two log lines: their sums go on as well. A cluster and torchrun may both send one."""
     script, args, folder = whole(stage, device)
     short = [*args, "--outdir", tmp_path, "--kimg", "0.128"]
@@ -98,12 +88,11 @@ def test_a_run_continues_exactly_after_a_signal_and_after_its_end(
             os.kill(os.getpid(), number)
         advance(run)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+    with monkeypatch.context() as patch:
         patch.setattr(training.Run, "advance", signalled)
         patch.setattr(training, "time", types.SimpleNamespace(monotonic=lambda: 0.0))  # together
-        call(script, *short)
-    assert stop.value.code == 128 + numbers[0]
-    assert "stopped at 0.096 kimg; the same command continues it" in capsys.readouterr().err
+        line = refused(script, *short, code=128 + numbers[0])
+    assert "stopped at 0.096 kimg; the same command continues it" in line
     assert handlers == [signal.getsignal(number) for number in SIGNALS]
     at_stop = weights(tmp_path / "network.pt")
     call(script, *short)
@@ -116,7 +105,7 @@ def test_a_run_continues_exactly_after_a_signal_and_after_its_end(
         assert alike(weights(folder / "network.pt"), weights(tmp_path / "network.pt"), at_stop)
 
 
-def test_a_later_second_signal_ends_the_run_at_once(call, tmp_path, monkeypatch):
+def test_a_later_second_signal_ends_the_run_at_once(refused, tmp_path, monkeypatch):
     def signalled(run):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -126,12 +115,11 @@ def test_a_later_second_signal_ends_the_run_at_once(call, tmp_path, monkeypatch)
     monkeypatch.setattr(training, "time", clock)
     monkeypatch.setattr(training.Run, "advance", signalled)
     monkeypatch.setattr(os, "_exit", sys.exit)
-    with pytest.raises(SystemExit) as stop:
-        call(pretrain, *SHORT, "--outdir", tmp_path)
-    assert stop.value.code == 128 + signal.SIGTERM and not (tmp_path / "checkpoint.pt").exists()
+    refused(pretrain, *SHORT, "--outdir", tmp_path, code=128 + signal.SIGTERM)
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
-def test_fid_keeps_the_best_and_a_signal_loses_nothing(call, whole, tmp_path, monkeypatch):
+def test_fid_keeps_the_best_and_a_signal_loses_nothing(call, refused, whole, tmp_path, monkeypatch):
     """All is saved before a measurement, which is made up for at the next start."""
     script, args, folder = whole(2)
 
@@ -139,10 +127,9 @@ def test_fid_keeps_the_best_and_a_signal_loses_nothing(call, whole, tmp_path, mo
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the measurement went on")
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+    with monkeypatch.context() as patch:
         patch.setattr(fid, "measure", signalled)
-        call(script, *args, "--outdir", tmp_path)
-    assert stop.value.code == 128 + signal.SIGTERM
+        refused(script, *args, "--outdir", tmp_path, code=128 + signal.SIGTERM)
     assert files.load_checkpoint(tmp_path / "checkpoint.pt")["nimg"] == 64
     call(script, *args, "--outdir", tmp_path)
     assert_same_run(folder, tmp_path)
@@ -223,11 +210,9 @@ def test_a_missing_compiler_is_one_line(refused):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_ranks_micro_batches_layout_and_compilation_may_change_within_a_run(
-        call, whole, tmp_path, monkeypatch, stage):
+def test_ranks_parts_layout_and_compilation_may_change(call, whole, tmp_path, monkeypatch, stage):
     """One rank in another layout; two with micro-batches, one of which gets SIGTERM; one, compiled:
-    up to rounding the result of one rank throughout (the digits have no dropout).
-    """
+    up to rounding the result of one rank throughout (the digits have no dropout)."""
     script, args, folder = whole(stage)
     args = [*args, "--outdir", tmp_path]
     with monkeypatch.context() as patch:  # the optimiser's averages must follow the layout
@@ -244,8 +229,7 @@ def signalled(run):
     advance(run)
 training.Run.advance = signalled
 training.run(script.main)""", *args, "--micro-batch", "8", ranks=2)
-    assert len(said(done)) == 1 and done.returncode != 0, done.stderr
-    assert "stopped at 0.16 kimg; the same command continues it" in said(done)[0]
+    assert "stopped at 0.16 kimg; the same command continues it" in line_of(done)
 
     compiled = functools.partialmethod(torch.nn.Module.compile, backend="eager")
     monkeypatch.setattr(networks.Denoiser, "compile", compiled)
@@ -278,8 +262,7 @@ def main():
         rt.sum(torch.ones(1))
 training.run(main)""", ranks=2)
     name = ["script.py: ", "script.py, rank 1: "][rank]
-    assert said(done) == [f"{name}error: No space left on device: checkpoint.pt"], done.stderr
-    assert done.returncode != 0
+    assert line_of(done) == f"{name}error: No space left on device: checkpoint.pt"
 
 
 @pytest.mark.parametrize("place, order", [(0, ["make", "wait"]), (1, ["wait", "make"])])
@@ -299,6 +282,5 @@ def test_ranks_that_do_not_share_the_folder_are_stopped(call, tmp_path):
 import os, pretrain; from machinery import training
 sys.argv[-1] += os.environ["RANK"]
 training.run(pretrain.main)""", *SHORT, "--outdir", f"{tmp_path}/", ranks=2)
-    assert len(said(done)) == 1 and done.returncode != 0, done.stderr
-    assert "at 0.064 kimg on one machine" in said(done)[0]
-    assert "--outdir must be on a disk that all machines share" in said(done)[0]
+    assert "at 0.064 kimg on one machine" in line_of(done)
+    assert "--outdir must be on a disk that all machines share" in line_of(done)
