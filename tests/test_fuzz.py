@@ -57,8 +57,7 @@ def write_intact_files(folder):
     torch.save(state, folder / "checkpoint.pt")
     torch.save(state, folder / "old.checkpoint.pt", _use_new_zipfile_serialization=False)
     fid.Statistics(np.zeros(8), np.eye(8), "test", 100, "name").save(folder / "statistics.npz")
-    moments = {"fid": {"mu": np.zeros(8), "sigma": np.eye(8)}}
-    (folder / "statistics.pkl").write_bytes(pickle.dumps(moments))
+    make(folder / "statistics.pkl", pickle.dumps({"fid": dict(mu=np.zeros(8), sigma=np.eye(8))}))
 
 
 def read(path):
@@ -138,8 +137,7 @@ def test_no_damaged_file_leads_to_a_traceback_or_a_line_without_its_name(tmp_pat
         if number >= 0:
             content = (damage, damage_inside)[rng.integers(2)](content, rng)
         (trial / path).write_bytes(content)
-        # Mapped, through the cache, or in memory.
-        monkeypatch.setattr(data, "MEMORY_LIMIT", int(rng.choice([1000, 2**28])))
+        monkeypatch.setattr(data, "MEMORY_LIMIT", int(rng.choice([1000, 2**28])))  # mapped, or not
         memory, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         try:
             with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():

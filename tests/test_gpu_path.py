@@ -58,9 +58,7 @@ class Log(TorchDispatchMode):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_bf16_step_computes_in_bf16_and_copies_no_layout(architecture):
     """A step of stage 1 under CUDA's autocast: products, norms, SiLU and resampling run in bf16.
-
-    Each attention copies a layout twice and reads both layouts twice; nothing else does.
-    """
+    Each attention copies a layout twice and reads both layouts twice; nothing else does."""
     n = 5  # marks activations: no weight has this first dimension
     with FakeTensorMode():
         net = networks.Denoiser(small(architecture, label_dim=3))
@@ -145,10 +143,8 @@ def test_latents_are_decoded_eight_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_each_network_is_compiled_once_per_batch_size(architecture, monkeypatch):
-    """No graph break, no dynamic shape, nothing compiled after the first iteration.
-
-    Stage 2 has one graph of the generator and two of the ratio network (2N images; frozen, N).
-    """
+    """No graph break, no dynamic shape, nothing compiled after the first iteration. Stage 2 has one
+    graph of the generator and two of the ratio network (2N images; frozen, N)."""
     graphs = []
 
     def backend(graph, inputs):
@@ -190,12 +186,9 @@ def test_the_page_of_a_device_marks_what_is_wrong_and_goes_on(tmp_path, capsys):
 
 @pytest.mark.parametrize("architecture, precision, limits", [
     *((name, "fp32", (5e-5, 5e-5)) for name in ARCHITECTURES), ("ddpmpp", "bf16", (0.05, 0.2))])
-def test_device_layout_and_precision_change_networks_by_rounding(
-        architecture, precision, limits, device):
-    """Relative errors of output and gradients against float64 on the CPU in another layout.
-
-    Some 40 layers, sums of up to 1000 products: 6e-8 sqrt(40 * 1000) = 1e-5. TF32 has 5e-4.
-    """
+def test_device_layout_and_precision_change_by_rounding(architecture, precision, limits, device):
+    """Relative errors of output and gradients against float64 on the CPU in another layout. Some 40
+    layers, sums of up to 1000 products: 6e-8 sqrt(40 * 1000) = 1e-5. TF32 has 5e-4."""
     rt = training.Runtime(device, precision=precision)
     for error, limit in zip(gpu.network_check(architecture, rt, compiled=False), limits):
         assert 0 < float(error) < limit
