@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 import sys
+from unittest import mock
 
 import pytest
 import sympy  # comes with PyTorch
@@ -33,11 +34,8 @@ def commands():
 @pytest.mark.parametrize("script, words", commands())
 def test_commands_parse(monkeypatch, script, words):
     """The script's own parser accepts them, and for the scripts of the top level what `main` checks before it starts."""
-    class Parsed(Exception): ...
-
-    def stop(*_, **__):
-        raise Parsed
-
+    Parsed = type("Parsed", (Exception,), {})
+    stop = mock.Mock(side_effect=Parsed)
     for name in ("parse_args", "parse_intermixed_args") if "/" in script else ():
         parse = getattr(argparse.ArgumentParser, name)
         monkeypatch.setattr(argparse.ArgumentParser, name, lambda *args, parse=parse: stop(parse(*args)))
