@@ -40,19 +40,8 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def call():
-    """Function (script module, *arguments): run a script in this process."""
-
-    def run(script, *args):
-        with mock.patch.object(sys, "argv", [f"{script.__name__}.py", *map(str, args)]):
-            training.run(script.main)
-
-    return run
-
-
 @pytest.fixture
-def refused(call, capsys):
+def refused(capsys):
     """Function (script, *arguments) -> its last line, an error; it ends with this exit code."""
 
     def run(script, *args, code=2):
@@ -68,7 +57,7 @@ def refused(call, capsys):
 
 
 @pytest.fixture(scope="session")
-def stage1(call, tmp_path_factory):
+def stage1(tmp_path_factory):
     """A run of eight steps of stage 1 on the digits, with the network of a full run."""
     out = tmp_path_factory.mktemp("stage1")
     call(pretrain, *SHORT, "--outdir", out)
@@ -80,6 +69,12 @@ def stage_2_arguments(*flags):
     """What train_diffratio.py makes of them."""
     with mock.patch.object(sys, "argv", ["train_diffratio.py", *flags]):
         return training.arguments("", train_diffratio.SETTINGS, train_diffratio.PRESETS)
+
+
+def call(script, *args):
+    """Run a script, given as its module, in this process."""
+    with mock.patch.object(sys, "argv", [f"{script.__name__}.py", *map(str, args)]):
+        training.run(script.main)
 
 
 def python(text, *args, ranks=0):
@@ -104,8 +99,6 @@ def same(a, b):
 
 def alike(a, b, start, share=0.01):
     """Whether two trainings from `start` differ by less than `share` of the way they went.
-
-    No bound on single weights holds: Adam's first step is full where only rounding has a sign.
-    """
+    No bound on single weights holds: Adam's first step is full even where rounding decides it."""
     apart, way = (torch.cat([(a[k] - c[k]).flatten() for k in a]).norm() for c in (b, start))
     return a.keys() == b.keys() == start.keys() and apart < share * way

@@ -5,7 +5,7 @@ import check
 import plane_blank
 import pytest
 import run
-from conftest import ROOT
+from conftest import ROOT, call
 
 from machinery.files import UserError
 
@@ -42,7 +42,7 @@ def edited(tmp_path):
 
 
 @pytest.fixture
-def verdict(call, capsys):
+def verdict(capsys):
     """Function (exercise, script, *variant) -> (whether it is right, what is printed)."""
 
     def judge(exercise, script, *variant):
@@ -78,8 +78,7 @@ def test_another_way_to_do_both_at_once_is_right_too(edited, verdict):
     middle = text.index("        # 2. Generator: the same samples")
     end = text.index("        run.advance()  # counts")
     ratio_step, generator_step = text[start:middle], text[middle:end]
-    later = "\n".join(line.removeprefix("    ") for line in ratio_step.splitlines()) + "\n"
-    thawed = "        ratio.requires_grad_(True)\n" + later
+    thawed = "        ratio.requires_grad_(True)" + ("\n" + ratio_step).replace("\n    ", "\n")
     assert verdict("5", edited(STAGE2, {ratio_step + generator_step: generator_step + thawed}), "d")[0]
 
 
@@ -126,8 +125,7 @@ def levels(formula):
     ("10 1/sigma^2", TEACHER, {VSD: f"{ONE} / sigma.view(-1, 1, 1, 1) ** 2"}, "right"),
     ("10", TEACHER, {}, "at sigma 0.1, 0.5, 1, 2"),
     ("2", STAGE2, changes.CHANGES["divergences"], "right"),
-    ("2", STAGE2, {}, "no line yet"),
-    ("1", BLANK, {}, "no line yet"),
+    ("2", STAGE2, {}, "no line yet"), ("1", BLANK, {}, "no line yet"),
 ])
 def test_starts_trained_parts_noise_and_weights(command, script, edits, said, edited, verdict):
     exercise, *variant = command.split()
@@ -166,7 +164,7 @@ def test_filled_blanks_are_right_and_run(edited, verdict, refused, capsys, monke
         check.functions(last)["main"]()
 
 
-def test_exercises_without_code_say_so(call, capsys, refused):
+def test_exercises_without_code_say_so(capsys, refused):
     call(check, "6")
     assert "no code to check" in capsys.readouterr().out
     assert "variants a to e" in refused(check, "5", "g")

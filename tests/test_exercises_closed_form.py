@@ -9,7 +9,7 @@ import plane
 import pytest
 import torch
 import warmups
-from conftest import ROOT
+from conftest import ROOT, call
 
 import train_diffratio
 
@@ -39,7 +39,7 @@ def test_dijs_is_the_minimax_game_on_the_classifiers_own_loss():
     torch.testing.assert_close(blind, torch.full((6,), math.log(2)))
 
 
-def test_warmups_of_the_networks_in_assets(call, capsys):
+def test_warmups_of_the_networks_in_assets(capsys):
     """The margins allow for weights that are trained again on another machine."""
     call(warmups, "--noises", 2)
     assert "-0.1286" in capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_an_exact_ratio_and_two_exact_denoisers_give_the_same_gradient():
     torch.testing.assert_close(plane.ratio_gradient(ratio, x, sigma), truth, rtol=1e-3, atol=1e-3)
 
 
-def test_plane_runs_and_does_not_run_again(call, refused, tmp_path, capsys, monkeypatch):
+def test_plane_runs_and_does_not_run_again(refused, tmp_path, capsys, monkeypatch):
     for settings in (plane.COMMON, plane.LOOP):
         monkeypatch.setitem(settings, "steps", 3)
     flags = ["--regimes", "brief teacher", "far, scaled logit", "affine, exact", "MLP, ratio, few points", "affine, scores"]
@@ -134,7 +134,7 @@ def test_plane_and_warmups_say_what_is_missing(refused, monkeypatch, tmp_path):
     assert "unknown" in refused(warmups, "prize")
 
 
-def test_plane_draws(call, tmp_path, monkeypatch):
+def test_plane_draws(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(plane.COMMON, "steps", 2)
     call(plane, "--regimes", "far", "--results", tmp_path / "rows.jsonl", "--pictures", tmp_path)

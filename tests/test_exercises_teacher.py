@@ -8,7 +8,7 @@ import pytest
 import teacher
 import torch
 import verifier
-from conftest import ROOT, alike, same, weights
+from conftest import ROOT, alike, call, same, weights
 
 import sample
 import train_diffratio
@@ -71,7 +71,7 @@ def test_with_alpha_one_half_sid_follows_the_fisher_divergence(monkeypatch):
 
 
 @pytest.mark.parametrize("method", teacher.METHODS)
-def test_teacher_trains_a_generator_and_resumes(call, tmp_path, method):
+def test_teacher_trains_a_generator_and_resumes(tmp_path, method):
     """Two steps, or one and then another, or in micro-batches: the same generator."""
     args = ["--method", method, "--init", STAGE1, "--batch", "16", "--device", "cpu", "--lr", "1e-3", "--lr-decay-kimg", "1"]
     for folder, kimg in (("whole", "0.032"), ("resumed", "0.016"), ("resumed", "0.032")):
@@ -115,7 +115,7 @@ def test_the_verifier_chooses_what_sample_chooses():
     torch.testing.assert_close(size, sizes)
 
 
-def test_verifier_measures_and_continues(call, refused, tmp_path, monkeypatch, capsys):
+def test_verifier_measures_and_continues(refused, tmp_path, monkeypatch, capsys):
     measure, results = verifier.measure, tmp_path / "r.jsonl"
     brief = lambda dataset, device: measure.Classifier(1, 8, 10).eval().requires_grad_(False)  # noqa: E731
     monkeypatch.setattr(measure, "load_classifier", brief)
@@ -160,7 +160,7 @@ def test_verifier_measures_and_continues(call, refused, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
-def test_the_verifier_finds_its_networks_in_assets(call, tmp_path, monkeypatch, name):
+def test_the_verifier_finds_its_networks_in_assets(tmp_path, monkeypatch, name):
     """With no flag but --data; of Fashion-MNIST the stage-1 network too."""
     roles, found = ["generator", "ratio", *["denoiser"] * (name == "fashion-mnist")], []
     monkeypatch.setattr(verifier, "sweep", lambda args, _, *paths: found.extend([*paths[:2], args.pretrained]) or ())

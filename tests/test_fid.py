@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, python
+from conftest import ROOT, call, python
 from scipy.spatial.distance import cdist
 from test_data import make
 
@@ -61,11 +61,8 @@ def pass_over(rt, features, logits=None, batch=64):
 
 @pytest.mark.parametrize("n, m", [(400, 200), (20, 90)])
 def test_distance_of_two_sets_and_of_one_from_itself(n, m):
-    """Also with fewer images than features (128), of which one is constant.
-
-    128 roundings of sums of some 1e5 are 3e-9. Were the product not graded, its small eigenvalues
-    would be off by eps times the largest, 1e8, and their roots by 1e-4.
-    """
+    """Also with fewer images than features (128), of which one is constant. 128 roundings of sums
+    of some 1e5 are 3e-9; of a product that is not graded small roots are off by 1e-4."""
     rng, scale = np.random.default_rng(0), 100 * np.logspace(0, -4, 128)
     scale[5] = 0
     x, y = (torch.from_numpy(rng.normal(size=(images, 128)) * scale) for images in (n, m))
@@ -122,10 +119,8 @@ def test_kernel_distance_over_subsets():
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_and_recall_by_definition(k, device):
-    """The same counts as from all distances at once. 3000 points take two chunks.
-
-    Whole numbers put many points on the edge of a ball, which counts, also far from 0.
-    """
+    """The same counts as from all distances at once; 3000 points take two chunks. Whole numbers put
+    many points on the edge of a ball, which counts, also far from 0."""
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 50, (3000, 3)) + 3e4, rng.integers(9, 60, (2500, 3)) + 3e4
     radius_a, radius_b = (np.partition(cdist(x, x), k, axis=1)[:, k] for x in (a, b))
@@ -150,10 +145,8 @@ def test_equal_points_are_in_each_others_balls(device):
 
 
 def test_inception_score(device):
-    """Ten contiguous splits in the order given, with the population's standard deviation.
-
-    Predictions that say nothing score 1; certain ones, spread evenly over K classes, score K.
-    """
+    """Ten contiguous splits in the order given, with the population's standard deviation. Blind
+    predictions score 1; certain ones, spread evenly over K classes, score K."""
     def score(logits):
         return pass_over(training.Runtime(device), torch.randn(len(logits), 1), logits, batch=7)[1]
     certain = 1e4 * torch.eye(1008)
@@ -180,10 +173,8 @@ def test_resize_is_tensorflow_1(h, w, size, device):
 
 def test_features_and_logits_equal_another_implementation(weights, device):
     """Projections of what torch-fidelity 0.4.0 gives in float64 with the same random weights.
-
     An average that counts the padding, the wrong pool in 7b or 7c, another resize or another eps of
-    BatchNorm are off by 0.3 or more. Gray images are taken as three equal channels.
-    """
+    BatchNorm are off by 0.3 or more. Gray images are taken as three equal channels."""
     inception, found = fid.inception(training.Runtime(device), weights), []
     expected = torch.tensor([
         [-23.052959, 13.485928, 12.640119, -7.283963, -44.854845, -44.270556],
@@ -194,8 +185,7 @@ def test_features_and_logits_equal_another_implementation(weights, device):
     for x in (features, logits):
         waves = torch.outer(torch.arange(x.shape[1]), torch.arange(1, 4)).double().cos()
         found.append(x.cpu().double() @ waves)
-    # 2048 features of size 0.6, each off by 1e-6 of that after 48 float32 layers: 1e-3 if all
-    # errors had one sign.
+    # 2048 features of size 0.6, each off by 1e-6 of that after 48 float32 layers: at most 1e-3.
     torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=5e-3)
     gray = pictures(1, 32)
     colour = inception(np.repeat(gray, 3, axis=3))[0]
@@ -204,9 +194,7 @@ def test_features_and_logits_equal_another_implementation(weights, device):
 
 def test_missing_and_damaged_weights(weights, tmp_path, monkeypatch):
     """Offline it is said where to get the file and where to put it, and nothing half-written stays.
-
-    With one changed byte torch would load it, and the FID would be another.
-    """
+    With one changed byte torch would load it, and the FID would be another."""
     monkeypatch.setattr("torch.hub.urlopen", Mock(side_effect=urllib.error.URLError("offline")))
     path, content = tmp_path / "hub/checkpoints" / fid.INCEPTION_FILE, weights.read_bytes()
     with pytest.raises(UserError, match=f"{fid.INCEPTION_URL}{fid.INCEPTION_FILE}.* {path}"):
@@ -300,7 +288,7 @@ def test_the_best_network_is_the_best_of_measurements_alike(monkeypatch):
 
 
 @pytest.fixture
-def command(call, capsys):
+def command(capsys):
     """Run `fid.py` with arguments and --json: (its result, standard error)."""
     def run(*arguments, device="cpu"):
         call(fid, *arguments, "--json", "--device", device)
@@ -331,10 +319,7 @@ def test_command_with_inception(command, npz, weights, tmp_path):
 
 @pytest.mark.parametrize("name, tag", [("b.NPZ", "test"), ("b.PKL", fid.INCEPTION_TAG)])
 def test_command_with_statistics_on_both_sides(name, tag, command, tmp_path):
-    """Needs no network and no images: |mu_a - mu_b|^2 + d (2 - 1)^2.
-
-    EDM2's references are pickles of NumPy arrays, `{"fid": {"mu", "sigma"}}`.
-    """
+    """Needs neither network nor images: |mu_a - mu_b|^2 + d (2 - 1)^2. EDM2 publishes pickles."""
     fid.Statistics(np.array([3.0, 0.0]), 4 * np.eye(2), tag).save(tmp_path / "a.npz")
     moments = dict(mu=np.zeros(2), sigma=np.eye(2))
     pickled = pickle.dumps({"fid": moments, "fd_dinov2": {}})
@@ -345,11 +330,9 @@ def test_command_with_statistics_on_both_sides(name, tag, command, tmp_path):
     assert all(result[key] is None for key in PAIRS)
 
 
-def test_command_with_pairs(command, call, capsys, npz, tmp_path, device):
-    """KID, precision and recall of images, cached and saved statistics; not of others' ones.
-
-    With statistics beside images (ADM's VIRTUAL_*.npz) FID uses the former, which is said.
-    """
+def test_command_with_pairs(command, capsys, npz, tmp_path, device):
+    """KID, precision and recall of images, cached and saved statistics; not of others' ones. With
+    statistics beside images (ADM's VIRTUAL_*.npz) FID uses the former, which is said."""
     whole, options, stats = pictures(60, seed=2) // 2, ("--features", NETWORK), tmp_path / "b.npz"
     a, b, some, results = npz("a", pictures(40)), npz("all", whole), npz("some", whole[:8]), []
     for reference in (b, b, stats):
@@ -375,7 +358,7 @@ def test_command_with_pairs(command, call, capsys, npz, tmp_path, device):
     assert not re.search("kid|precision|recall|None", capsys.readouterr().out)
 
 
-def test_a_set_against_itself_and_with_count_and_resolution(command, call, capsys, npz, tmp_path):
+def test_a_set_against_itself_and_with_count_and_resolution(command, capsys, npz, tmp_path):
     """Precision and recall are 1, also of another file; each side keeps its own name."""
     a, b, stats = npz("a", pictures(60)), npz("b", pictures(60)), tmp_path / "stats.npz"
     command(b, a, "--features", NETWORK)  # leaves the statistics of both in the cache

@@ -8,6 +8,7 @@ import plane
 import pytest
 import torch
 from check import F_OF_U
+from conftest import call
 from torch import nn
 from torch.distributions import Normal
 
@@ -30,11 +31,8 @@ def trained_ratio():
 
 @pytest.mark.parametrize("level", [0.05, 0.2, 0.5, 1.0])
 def test_ratio_and_its_gradient_match_two_gaussians(trained_ratio, level):
-    """A classifier learns log p_sigma / q_sigma, and its gradient is the difference of the scores.
-
-    Root mean square over the samples: the logit within 12 % of its spread, the gradient within 20 %
-    of the difference. CPUs round differently, which acts as a seed: eight reached 7 and 12 %.
-    """
+    """Logits within 12 % of their spread, gradients within 20 % of the scores' difference.
+    CPUs round differently, which acts as a seed: eight reached 7 and 12 %."""
     rng, sigma = torch.Generator().manual_seed(1), torch.full((2000,), level)
     x = Q.sample(2000, rng) + level * torch.randn(2000, 2, generator=rng)
     exact = P.log_density(x, sigma) - Q.log_density(x, sigma)
@@ -78,7 +76,7 @@ def test_the_denoiser_of_a_point_mass_alone_has_no_loss():
     assert (pretrain.denoising_loss(other, x, sigma, eps) > 0.1).all()
 
 
-def test_a_network_trained_on_one_image_approaches_its_known_denoiser(call, tmp_path, device):
+def test_a_network_trained_on_one_image_approaches_its_known_denoiser(tmp_path, device):
     """Stage 1 on a single image: D(x0 + sigma eps; sigma) comes close to x0 at all noise levels."""
     image = np.random.default_rng(0).integers(64, 192, (1, 8, 8, 1), np.uint8)
     np.savez(tmp_path / "one.npz", images=image)
@@ -91,8 +89,7 @@ def test_a_network_trained_on_one_image_approaches_its_known_denoiser(call, tmp_
 
 
 def test_heun_reaches_a_known_gaussian_and_its_error_falls_with_the_square_of_the_steps(device):
-    """The flow of N(mean, std^2) data is linear: x(0) - mean = (x(sigma_max) - mean)
-    std / sqrt(std^2 + sigma_max^2)."""
+    """The flow is linear: x(0) - mean = (x(sigma_max) - mean) std / sqrt(std^2 + sigma_max^2)."""
     mean, std, sigma_max = 0.3, 0.25, 80.0
     z = torch.randn(64, 1, 4, 4, generator=torch.manual_seed(0)).to(device)
     exact = mean + std / math.sqrt(std**2 + sigma_max**2) * (sigma_max * z - mean)
@@ -116,8 +113,7 @@ def test_resampling_by_the_exact_ratio_moves_the_generator_to_the_data(device):
     (x, _, size), (plain, _, _) = (
         sample.choose(net, exact_ratio, range(4000), 0, device, candidates=n, sigma=0.05)
         for n in (8, 1))
-    # Each image has its own seed, so other CPUs draw the same. Mean of 4000: 0.016 by chance;
-    # 8 candidates: 0.05 too low.
+    # Seeds of images: all CPUs draw the same. Mean of 4000: 0.016 by chance; of 8: 0.05 too low.
     assert abs(plain.mean()) < 0.05 and abs(x.mean() - 0.5) < 0.08 and abs(x.std() - 0.8) < 0.06
     assert 1 < size.mean() < 8
 

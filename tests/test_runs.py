@@ -1,5 +1,5 @@
-"""A run continues exactly after any stop, ranks and micro-batches change nothing, failures are lines.
-What happens at a step or in a rank is brought about there, without waiting."""
+"""A run continues exactly after any stop, ranks and micro-batches change nothing, a failure is one
+line. What happens at a step or in a rank is brought about there, without waiting."""
 
 import functools
 import itertools
@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import SHORT, alike, python, weights
+from conftest import SHORT, alike, call, python, weights
 from torch.utils._pytree import tree_flatten
 
 import fid
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def whole(call, stage1, tmp_path_factory):
+def whole(stage1, tmp_path_factory):
     """Function stage -> (script, its flags, the folder of a run of eight steps without a stop)."""
 
     @functools.cache
@@ -72,12 +72,11 @@ def line_of(failed):
 
 # ---- Any stop
 
-
 @pytest.mark.parametrize("stage, numbers", [
     (1, (signal.SIGTERM, signal.SIGTERM)), (2, (signal.SIGINT, signal.SIGHUP)),
 ])
 def test_a_run_continues_exactly_after_a_signal_and_after_its_end(
-        call, refused, whole, tmp_path, monkeypatch, stage, numbers, device):
+        refused, whole, tmp_path, monkeypatch, stage, numbers, device):
     """Between two log lines: their sums go on as well. A cluster and torchrun may both send one."""
     script, args, folder = whole(stage, device)
     short = [*args, "--outdir", tmp_path, "--kimg", "0.128"]
@@ -119,7 +118,7 @@ def test_a_later_second_signal_ends_the_run_at_once(refused, tmp_path, monkeypat
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
-def test_fid_keeps_the_best_and_a_signal_loses_nothing(call, refused, whole, tmp_path, monkeypatch):
+def test_fid_keeps_the_best_and_a_signal_loses_nothing(refused, whole, tmp_path, monkeypatch):
     """All is saved before a measurement, which is made up for at the next start."""
     script, args, folder = whole(2)
 
@@ -138,7 +137,7 @@ def test_fid_keeps_the_best_and_a_signal_loses_nothing(call, refused, whole, tmp
     assert len(values) == 4 and best == [min(values)] * 2
 
 
-def test_a_kill_between_the_network_and_the_checkpoint_is_made_good(call, whole, tmp_path):
+def test_a_kill_between_the_network_and_the_checkpoint_is_made_good(whole, tmp_path):
     """At the second save, when one of the two has its name and the other not yet."""
     script, args, folder = whole(1)
     done = python("""
@@ -156,7 +155,7 @@ training.run(pretrain.main)""", *args, "--save-kimg", "0.128", "--outdir", tmp_p
     assert_same_run(folder, tmp_path)
 
 
-def test_a_second_process_is_refused_with_a_line_that_names_the_first(call, refused, tmp_path):
+def test_a_second_process_is_refused_with_a_line_that_names_the_first(refused, tmp_path):
     args = [*SHORT, "--kimg", "0.032", "--outdir", tmp_path]
     with files.lock(tmp_path / ".lock", tmp_path):
         line = refused(pretrain, *args)
@@ -177,7 +176,7 @@ def test_content_is_on_the_disk_before_it_replaces_a_file(tmp_path, monkeypatch,
     assert [name for name, *_ in system.mock_calls] == ["fsync", "replace"]
 
 
-def test_a_closed_terminal_does_not_end_even_the_shortest_run(call, tmp_path, monkeypatch):
+def test_a_closed_terminal_does_not_end_even_the_shortest_run(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", mock.Mock())
     sys.stdout.write.side_effect = OSError(5, "Input/output error")
     call(pretrain, *SHORT, "--kimg", "0.0001", "--outdir", tmp_path)
@@ -208,9 +207,8 @@ def test_a_missing_compiler_is_one_line(refused):
 
 # ---- Any division of the work
 
-
 @pytest.mark.parametrize("stage", [1, 2])
-def test_ranks_parts_layout_and_compilation_may_change(call, whole, tmp_path, monkeypatch, stage):
+def test_ranks_micro_batches_layout_and_compilation_may_change(whole, tmp_path, monkeypatch, stage):
     """One rank in another layout; two with micro-batches, one of which gets SIGTERM; one, compiled:
     up to rounding the result of one rank throughout (the digits have no dropout)."""
     script, args, folder = whole(stage)
@@ -275,7 +273,7 @@ def test_one_rank_of_each_machine_goes_first(monkeypatch, place, order):
     assert found == order
 
 
-def test_ranks_that_do_not_share_the_folder_are_stopped(call, tmp_path):
+def test_ranks_that_do_not_share_the_folder_are_stopped(tmp_path):
     """Both make the same mistake; one of them says it."""
     call(pretrain, *SHORT, "--kimg", "0.064", "--outdir", tmp_path / "0")
     done = python("""
