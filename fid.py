@@ -43,6 +43,7 @@ SETTINGS = dict(  # of FID during training
     fid_reference=(None, "what to compare with: images or statistics (default: --data)", str),
     fid_features=(None, "stage-1 network whose features to use (default: Inception)", str),
     inception=(None, "Inception weights (default: torch's hub cache, or a download)", str),
+    vae=sample.SETTINGS["vae"],
 )
 
 # ---- Inception v3 as in TensorFlow's graph of 2015-12-05
@@ -316,8 +317,8 @@ def check_images(extractor, *sides):
         wanted = extractor.shape or (size, size, side.channels)
         if shape != wanted:
             raise UserError(f"{side.name}: images [H, W, C] {list(shape)}, but the other side or "
-                            f"{extractor.name} has {list(wanted)}; give --resolution N or use "
-                            "another network")
+                            f"{extractor.name} has {list(wanted)}; give --resolution N, images of "
+                            "the same colours, or another network")
 
 
 # ---- The distances
@@ -344,7 +345,7 @@ def kernel_distance(reference, samples, subsets=100, size=1000, seed=0):
     """KID, arXiv 1801.01401: (mean, standard deviation) over random subsets of features [n, d].
 
     The squared maximum mean discrepancy with the kernel (x.y / d + 1)^3, without bias: of equal
-    distributions about half of the values are negative. Sets smaller than `size` are taken whole.
+    distributions about half of the values are negative. `size` is at most that of the smaller set.
     """
     size = min(size, len(reference), len(samples))
     generator, estimates = training.rng("cpu", seed, "subsets"), []
@@ -405,7 +406,7 @@ def training_fid(args, dataset, run, net, write_networks):
     extractor = load_extractor(rt, args.fid_features, args.inception)
     decode, size, channels = data.to_uint8, dataset.resolution, dataset.channels
     if dataset.is_latent:
-        decode, size, channels = sample.latent_decoder(rt.device), 8 * size, 3
+        decode, size, channels = sample.latent_decoder(rt.device, args.vae), 8 * size, 3
     if args.fid_reference:
         crop = size if dataset.is_latent else args.resolution
         given, images = rt.main_first(lambda: open_side(args.fid_reference, crop))

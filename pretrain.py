@@ -86,13 +86,19 @@ def learning_rate(args, nimg):
 
 def load_init(args, dataset):
     """Stage 2: the `Denoiser` that --init names, checked against the data."""
-    args.init = args.init or f"runs/{args.preset}/pretrain/network.pt"
+    ours = f"runs/{args.preset}/pretrain/network.pt"
+    args.init = args.init or ours
     if not Path(args.init).exists():
-        raise UserError(f"{args.init} is missing; run `python pretrain.py --preset {args.preset}` "
-                        "first, or give --init a network of stage 1 or a published checkpoint")
+        first = f"run `python pretrain.py --preset {args.preset}` first, or " * (args.init == ours)
+        raise UserError(f"{args.init} is missing; {first}give --init a network of stage 1 or a "
+                        "published checkpoint (README, The paper's systems)")
+    if Path(args.init).resolve() == Path(args.outdir, "network.pt").resolve():
+        raise UserError(f"{args.init} would be overwritten; choose another --outdir")
     net = checkpoints.load_network(args.init, role="denoiser")
     config = net.config
-    fit = not config.label_dim or 0 < dataset.label_dim <= config.label_dim
+    # A subset keeps the numbers of a dataset.json, but not of class folders.
+    known = [config.label_dim] if dataset.classes else range(1, config.label_dim + 1)
+    fit = not config.label_dim or dataset.label_dim in known
     if not fit:
         dataset.require_labels()  # numbers the classes as stage 1 did, if the same have images
         fit = dataset.label_dim == config.label_dim

@@ -157,8 +157,7 @@ def latent_decoder(device, vae=VAE):
 def load_ratio(path, net, network):
     """The ratio network of a file, if it was trained with `net`, the generator of `network`."""
     ratio = checkpoints.load_network(path, role="ratio")
-    a, b = ((each.config, *map(each.about.get, ("nimg", "divergence", "seed")))
-            for each in (ratio, net))
+    a, b = ((each.config, {**each.about, "role": ""}) for each in (ratio, net))
     if a != b:
         raise UserError(f"{path} was not trained with {network}; give the ratio.pt beside it")
     return ratio
@@ -222,8 +221,9 @@ def main():
 
     with rt.autocast():
         if suffix == ".png":
-            images = np.concatenate([images for images, _ in batches()])
-            columns = classes if label == "each" and classes <= 20 else math.ceil(args.n**0.5)
+            parts, each = zip(*batches())
+            images, kinds = np.concatenate(parts), len({c for labels in each for c in labels or ()})
+            columns = kinds if label == "each" and kinds <= 20 else math.ceil(args.n**0.5)
             data.save_grid(images, args.out, columns, scale=max(1, 32 // images.shape[1]))
         else:
             data.write_images(batches(), args.out)

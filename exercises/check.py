@@ -50,12 +50,7 @@ class Watch:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
             stack.enter_context(mock.patch.object(sys, "argv", [str(script), *FLAGS, "--outdir", folder]))
-            try:
-                runpy.run_path(str(script), run_name="student")["main"]()
-            except Exception as error:
-                where = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(script)]
-                raise UserError(f"{script} fails in line {where[-1] if where else '?'}: "
-                                f"{type(error).__name__}: {str(error)[:200]}") from None
+            runpy.run_path(str(script), run_name="student")["main"]()
 
     def randn(self, original, rt, *shape):
         numbers = original(rt, *shape)
@@ -350,7 +345,14 @@ def main():
     script = Path(args.script or ROOT / SCRIPTS.get(args.exercise, "train_diffratio.py")).resolve()
     print(f"exercise {args.exercise}{f' ({args.variant})' if args.variant else ''}: {script.name}", flush=True)
     torch.set_num_threads(1)
-    found = list(CHECKS[args.exercise](script, args.variant))
+    try:
+        found = list(CHECKS[args.exercise](script, args.variant))
+    except UserError:
+        raise
+    except Exception as error:
+        where = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(script)]
+        raise UserError(f"{script} fails in line {where[-1] if where else getattr(error, 'lineno', '?')}: "
+                        f"{type(error).__name__}: {str(error)[:200]}") from None
     for what, seen, wanted, hint in found:
         print(f"  {what}: {seen}" + ("" if seen == wanted else f"\n      wanted: {wanted}\n      hint: {hint}"))
     right = all(seen == wanted for _, seen, wanted, _ in found)

@@ -124,8 +124,8 @@ def train_classifier(dataset, images, seed=0, batch=100, device="cpu"):
 
 def load_classifier(dataset, images=None, device="cpu"):
     """The classifier of a labelled data set on `device`, from the cache folder if it was trained before."""
-    if not dataset.label_dim:
-        raise files.UserError(f"{dataset.name}: has no labels, and a classifier needs them")
+    if not dataset.label_dim or dataset.is_latent or dataset.channels > 1 and dataset.resolution < 8:
+        raise files.UserError(f"{dataset.name}: the classifier needs labelled images, in colour at least 8x8; give other data")
     images = images or max(100_000, (4 if dataset.channels == 1 else 6) * len(dataset))
     labels = hashlib.sha256(dataset.labels.tobytes()).hexdigest()
     key = hashlib.sha256(f"{VERSION} {images} {dataset.fingerprint()} {labels}".encode()).hexdigest()[:16]
@@ -163,12 +163,12 @@ class Measures:
     test: a data set of held-out images; None: the data set's own, or else the data.
     """
 
-    def __init__(self, name, pretrained=None, test=None, rt=None):
+    def __init__(self, name, pretrained=None, test=None, rt=None, resolution=None):
         rt = rt or training.Runtime("cpu")
-        self.train, self.device = data.load(name), rt.device
+        self.train, self.device = data.load(name, resolution=resolution), rt.device
         test = test or (f"{name}:test" if name in ("fashion-mnist", "cifar10") else None)
         self.train.require_labels()  # numbers the classes as training with --cond does
-        self.has_test, self.reference = bool(test), data.load(test) if test else self.train
+        self.has_test, self.reference = bool(test), data.load(test, resolution=resolution) if test else self.train
         self.classifier = load_classifier(self.train, device=rt.device)
         self.views = {"classifier": classifier_view(self.classifier, self.train)}
         if pretrained:
@@ -272,6 +272,7 @@ def main():
         pretrained=(None, "stage-1 network whose features to use as well", str),
         test=(None, "held-out images to compare with (default: Fashion-MNIST's and CIFAR-10's own, else the data)", str),
         device=training.DEVICE,
+        resolution=(None, "crop the centre of images and resize it to N x N", int),
         json=(None, "append a line of JSON to this file for each row", str)))
     parser.add_argument("data", metavar="NAME", help="digits, fashion-mnist, cifar10 or another labelled data set")
     parser.add_argument("samples", nargs="*", metavar="NAME=FILE", help="a row's name and its samples")
@@ -279,8 +280,8 @@ def main():
     for text in args.samples:
         if "=" not in text:
             parser.error(f"{text}: give NAME=FILE")
-    measures = Measures(args.data, args.pretrained, args.test, training.Runtime(args.device, alone=True))
-    samples = [(name, data.load(path)) for name, path in (text.rsplit("=", 1) for text in args.samples)]
+    measures = Measures(args.data, args.pretrained, args.test, training.Runtime(args.device, alone=True), args.resolution)
+    samples = [(name, data.load(path, resolution=args.resolution)) for name, path in (text.rsplit("=", 1) for text in args.samples)]
     measures.check(*(dataset for _, dataset in samples))
     rows = {name: [row] for name, row in measures.floors().items()}
     if all(dataset.labels is None for _, dataset in samples):

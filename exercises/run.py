@@ -118,7 +118,7 @@ def rows_of(exercise, short=False):
 
 def number_of(flag, flags):
     """The number after a flag; the last one counts."""
-    return float(re.findall(rf"--{flag} ([\d.]+)", f"{COMMON} {flags}")[-1])
+    return float(re.findall(rf"--{flag}[ =](\S+)", f"{COMMON} {flags}")[-1])
 
 
 def shortened(flags):
@@ -335,7 +335,7 @@ def predict(args, exercises, path):
     lines = measure.json_lines(args.results, "run", "seed")
     if any(line.get("exercise") in exercises for line in lines):
         raise UserError(f"{args.results} holds results of {' and '.join(exercises)} already; a prediction comes before them")
-    text = Path(args.predict).read_text() if Path(args.predict).is_file() else args.predict
+    text = Path(args.predict).read_text() if os.path.isfile(args.predict) else args.predict
     measure.add_lines(path, dict(exercise=args.exercise, time=now(), prediction=text.strip()))
     print(f"stored in {path}; now the rows: the same command without --predict")
 
@@ -378,6 +378,8 @@ def main():
     for flag in ("mine", "table", "predict", "submit", "short"):
         if getattr(args, flag) not in (None, False) and not args.results:
             parser.error(f"--{flag} needs --results, for example --results my-runs.jsonl")
+    if re.search("--(seed|outdir)", args.mine or ""):
+        parser.error("--mine takes no --seed and no --outdir; give --first-seed")
     if args.predict or args.submit:
         end = predict if args.predict else submit
         return end(args, exercises, Path(args.results).with_suffix(".predictions.jsonl"))

@@ -104,7 +104,8 @@ def read_log(seed, args):
     rows, last = [], {}
     if args.log:
         with reading(args.log, "a log.jsonl of stage 2", "give the one beside a ratio.pt"):
-            last = json.loads(Path(args.log).read_text().splitlines()[-1])["bands"]
+            lines = map(json.loads, Path(args.log).read_text().splitlines())
+            last = [line["bands"] for line in lines if "bands" in line][-1]
     for (band, found), (of_data, of_samples) in zip(bands.items(), shares):
         rows.append({"sigma": band, "right, data": of_data, "right, samples": of_samples, "right": found["accuracy"],
                      "ln 2 - cross-entropy": math.log(2) - found["loss"]})

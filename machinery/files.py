@@ -115,6 +115,7 @@ def load_plain(path, mmap=False):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"check sum of {damaged}")
+    mmap = mmap and str(path).isprintable()  # torch maps no file whose name is not UTF-8
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 

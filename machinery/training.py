@@ -34,6 +34,7 @@ class Stopped(BaseException):
 def run(main):
     """Call `main()`. Bad input: one line, exit code 2. After signal n the exit code is 128 + n."""
     try:
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
         for number in SIGNALS:
             _at_end.callback(signal.signal, number, signal.signal(number, _on_signal))
         main()
@@ -42,7 +43,7 @@ def run(main):
     except (UserError, networks.ConfigError) as error:
         _end(f"error: {error}")
     except torch.OutOfMemoryError:
-        _end("error: out of GPU memory; lower --micro-batch (the result stays the same) or --batch")
+        _end("error: out of GPU memory; lower --micro-batch (training, same result) or --batch")
     except OSError as error:  # a full disk, no permission: the system's own words are clear
         _end(": ".join(filter(None, ["error", error.strerror or str(error), error.filename])))
     except Stopped as stop:
@@ -287,12 +288,13 @@ def number(name, kind, low, high=math.inf):
     return parse
 
 
-POSITIVE = {int: number("positive int", int, 1), float: number("positive float", float, 5e-324)}
+POSITIVE = {int: number("positive int below 2^31", int, 1, 2**31),
+            float: number("positive float below 1e8", float, 5e-324, 1e8)}
 finite = number("finite number", float, -sys.float_info.max)
 not_negative = number("non-negative number", float, 0)
 fraction = number("number in [0, 1)", float, 0, 1)
 share = number("number above 0, at most 1", float, 5e-324, math.nextafter(1, 2))
-integer = number("integer", int, -math.inf)
+integer = number("64-bit integer", int, -(2**63), 2**63)
 DEVICE = ("auto", "auto: CUDA where there is any", ["auto", "cpu", "cuda"])
 PRECISION = ("auto", "auto: on GPUs bf16, or fp16 where that is missing; on CPUs fp32",
              ["auto", "bf16", "fp16", "fp32"])
@@ -335,9 +337,9 @@ def arguments(doc, settings, presets, outdir=""):
 
 # ---- A training run
 
-FREE_FLAGS = {  # may change on resumption; but for rounding, only kimg affects the weights
+FREE_FLAGS = {  # may change on resumption. Only kimg, and device by its random numbers, matter.
     "preset", "outdir", "kimg", "micro_batch", "device", "compile", "log_kimg", "grid_kimg",
-    "save_kimg", "fid_every", "fid_images", "fid_reference", "fid_features", "inception",
+    "save_kimg", "fid_every", "fid_images", "fid_reference", "fid_features", "inception", "vae",
 }
 FORMAT = 7  # of checkpoint.pt
 
@@ -384,6 +386,8 @@ class Run:
         rt.print(f"{stage}: {sizes} M parameters, {dataset.name} ({len(dataset)} images, "
                  f"{labels}), {rt.world_size} x {rt.device.type}, {rt.precision}, "
                  f"batch {rt.batch} in parts of {rt.micro_batch}")
+        if self.nimg >= self.total_nimg:
+            rt.print(f"{stage} is done already; a larger --kimg continues it")
 
     def _restore(self, state):
         if state["kind"] != self.kind:

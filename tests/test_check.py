@@ -90,6 +90,8 @@ def test_the_script_as_it_is_is_variant_a_and_an_error_names_its_line(edited, ve
     assert "fails in line" in error and "NameError" in error
     broken = edited(STAGE2, {"real, labels = next": "raise NotImplementedError; real, labels = next"})
     assert "fails in line" in refused(check, "5", "--script", broken)
+    broken = edited(STAGE2, {"def main():": "def main()):"})
+    assert "fails in line" in refused(check, "2", "--script", broken)
     assert "has no SETTINGS" in refused(check, "7", "--script", BLANK)
     frozen = edited(STAGE2, {changes.UNFROZEN: changes.UNFROZEN.replace("True", "False")})
     assert "does not require grad" in refused(check, "8", "--script", frozen)

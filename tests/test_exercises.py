@@ -166,12 +166,12 @@ def test_each_seed_and_hash_is_measured_once_and_the_table_shows_spread(brief, c
 def test_a_run_of_the_wanted_length_in_whole_batches_is_measured(nimg, flags, message, tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps(dict(nimg=nimg, images_per_second=1.0)) + "\n")
     with pytest.raises(UserError, match=message):
-        run.measured(tmp_path, f"{flags} --kimg 6", None, 0)
+        run.measured(tmp_path, f"{flags} --kimg=6e0", None, 0)
 
 
 def test_mine_predictions_and_submission(brief, refused, capsys, monkeypatch, tmp_path):
     """--mine stores what was run with its diff. A prediction comes before results. A submission holds all that is graded."""
-    call(run, "5", "--results", brief, "--predict", "b before d")
+    call(run, "5", "--results", brief, "--predict", "b before d. " * 50)  # longer than a file's name
     call(run, "5", "--results", brief, "--mine")
     shown = capsys.readouterr().out
     assert "only flags can make a difference" in shown and "your script is: a" in shown
@@ -185,9 +185,10 @@ def test_mine_predictions_and_submission(brief, refused, capsys, monkeypatch, tm
     assert "comes before them" in refused(run, "5", "--results", brief, "--predict", "d before b")
     call(run, "5", "--results", brief, "--submit", tmp_path / "me.json")
     handed = json.loads((tmp_path / "me.json").read_text())
-    assert [p["prediction"] for p in handed["predictions"]] == ["b before d"] and len(handed["results"]) == 2
+    assert [p["prediction"] for p in handed["predictions"]] == [("b before d. " * 50).strip()] and len(handed["results"]) == 2
     assert "-# as it was" in handed["diff"] and all("your script is: a" in line["check"] for line in handed["results"])
     assert all("ratio_loss" in log for log in handed["logs"].values())
+    assert "--first-seed" in refused(run, "5", "--results", brief, "--mine", "--beta1 0.5 --seed 3")
     assert "no results of gan to submit" in refused(run, "4", "--results", brief, "--submit", tmp_path / "x.json")
 
 
@@ -251,7 +252,7 @@ def test_the_classifier_tells_digits_and_is_kept(monkeypatch):
     assert (measure.predict(net, DIGITS.images[1500:]) == DIGITS.labels[1500:]).mean() > 0.85  # that it has not seen
     monkeypatch.setattr(measure, "train_classifier", None)  # a second training would fail
     assert same(net.state_dict(), measure.load_classifier(first).state_dict())
-    with pytest.raises(UserError, match="needs them"):
+    with pytest.raises(UserError, match="labelled images"):
         measure.load_classifier(data.Dataset("bare", DIGITS.images))
     with pytest.raises(TypeError):  # other labels of the same images are another classifier
         measure.load_classifier(data.Dataset("corrected", first.images, (first.labels + 1) % 10))

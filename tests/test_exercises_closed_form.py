@@ -39,15 +39,17 @@ def test_dijs_is_the_minimax_game_on_the_classifiers_own_loss():
     torch.testing.assert_close(blind, torch.full((6,), math.log(2)))
 
 
-def test_warmups_of_the_networks_in_assets(capsys):
+def test_warmups_of_the_networks_in_assets(capsys, tmp_path):
     """The margins allow for weights that are trained again on another machine."""
     call(warmups, "--noises", 2)
     assert "-0.1286" in capsys.readouterr().out
 
     # Little is left to see, and most of it where there is little noise; above 1 nothing.
-    args = argparse.Namespace(noises=2, log=None)
+    args = argparse.Namespace(noises=2, log=tmp_path / "log.jsonl")
+    args.log.write_text('{"nimg": 1, "bands": {"<0.1": {"loss": 0.5}}}\n{"nimg": 1, "fid": 2.0}\n')
     log = {row["sigma"]: row for row in warmups.read_log(0, args)}
     bound = {band: row["ln 2 - cross-entropy"] for band, row in log.items()}
+    assert log["<0.1"]["in the log"] == pytest.approx(math.log(2) - 0.5)
     assert 0.005 < bound["<0.1"] < 0.2 and 0.003 < bound["0.1-0.3"] < 0.1
     assert 0 < bound["0.3-1.0"] < 0.02 and bound["<0.1"] > bound["0.3-1.0"]
     assert abs(bound["1.0-3.0"]) < 0.003 and abs(bound[">3.0"]) < 0.003

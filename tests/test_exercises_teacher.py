@@ -153,7 +153,7 @@ def test_verifier_measures_and_continues(refused, tmp_path, monkeypatch, capsys)
     args += ["--results", tmp_path / "new.jsonl"]
     assert "was not trained with" in refused(verifier, *args, "--ratio", ratio)
     net = checkpoints.load_network(ROOT / "assets" / "digits-ratio.pt")
-    checkpoints.save_network(other, net, **net.about | {"seed": 1})  # the same run with another seed
+    checkpoints.save_network(other, net, **net.about | {"t_init": 1.0})  # of a run with another flag
     assert "was not trained with" in refused(verifier, *args, "--ratio", other)
     assert "other images" in refused(verifier, *args, "--network", network, "--ratio", ratio)
     assert "none.pt: no such file" in refused(verifier, *args, "--network", tmp_path / "none.pt")

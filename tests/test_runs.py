@@ -2,6 +2,7 @@
 line. What happens at a step or in a rank is brought about there, without waiting."""
 
 import functools
+import io
 import itertools
 import json
 import os
@@ -181,6 +182,15 @@ def test_a_closed_terminal_does_not_end_even_the_shortest_run(tmp_path, monkeypa
     sys.stdout.write.side_effect = OSError(5, "Input/output error")
     call(pretrain, *SHORT, "--kimg", "0.0001", "--outdir", tmp_path)
     assert files.load_checkpoint(tmp_path / "checkpoint.pt")["nimg"] == 32  # one step
+
+
+def test_names_of_folders_need_not_be_utf_8_and_a_finished_run_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    for kimg in ("0.032", "0.064", "0.064"):
+        call(pretrain, *SHORT, "--kimg", kimg, "--outdir", tmp_path / os.fsdecode(b"caf\xe9"))
+    sys.stdout.flush()
+    shown = sys.stdout.buffer.getvalue()
+    assert rb"caf\udce9 at 0.064 kimg" in shown and shown.count(b"is done already") == 1
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_file_before(refused, tmp_path):

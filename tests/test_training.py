@@ -124,14 +124,15 @@ def test_noise_levels_have_the_distribution_that_the_flags_name(flags, shares):
         assert abs((sigma > level).double().mean() - share) <= 3 * by_chance
 
 
-@pytest.mark.parametrize("labels, numbers", [
-    ([0, 1, 2], [0, 1, 2]), ([0, 1, 1], [0, 1, 1]), ([0, 3, 7], [0, 1, 2]), ([0, 0, 7], None)])
-def test_stage_2_numbers_the_classes_as_stage_1_or_refuses(tmp_path, labels, numbers):
-    """Of classes 0 and 7 nobody knows which of three they were."""
+@pytest.mark.parametrize("labels, folders, numbers", [
+    ([0, 1, 2], None, [0, 1, 2]), ([0, 1, 1], None, [0, 1, 1]), ([0, 3, 7], None, [0, 1, 2]),
+    ([0, 0, 7], None, None), ([0, 1, 2], "abc", [0, 1, 2]), ([0, 1, 1], "bc", None)])
+def test_stage_2_numbers_the_classes_as_stage_1_or_refuses(tmp_path, labels, folders, numbers):
+    """Of classes 0 and 7, or folders b and c, nobody knows which of three they were."""
     net = networks.Denoiser(dataclasses.replace(networks.NETWORKS["digits"], label_dim=3))
     checkpoints.save_network(tmp_path / "network.pt", net, role="denoiser")
-    args = argparse.Namespace(init=str(tmp_path / "network.pt"), preset="digits")
-    dataset = data.Dataset("some", np.zeros((3, 8, 8, 1), np.uint8), np.array(labels))
+    args = argparse.Namespace(init=str(tmp_path / "network.pt"), preset="digits", outdir="x")
+    dataset = data.Dataset("some", np.zeros((3, 8, 8, 1), np.uint8), np.array(labels), folders)
     refusal = pytest.raises(files.UserError, match="choose the data of stage 1")
     with contextlib.nullcontext() if numbers else refusal:
         pretrain.load_init(args, dataset)
@@ -351,12 +352,15 @@ def test_input_that_does_not_fit_is_named(refused, stage1, tmp_path):
         (pretrain, "--data", tmp_path / "9.npz", "cannot be halved"),
         (pretrain, "--data", tmp_path / "16.npz", "no labels", "--cond"),
         (train_diffratio, "--data", tmp_path / "16.npz", "(8, 1, 0)", *init),
-        (train_diffratio, "--init", tmp_path / "none", "python pretrain.py --preset digits"),
+        (train_diffratio, "--preset", "digits", "run `python pretrain.py --preset digits` first"),
+        (train_diffratio, "--preset", "cifar10", "pkl is missing; give", "--data", tmp_path / "16.npz"),
         (train_diffratio, "--init", ASSETS / "digits.pt", "holds a generator"),
         (train_diffratio, "--init", stage1 / "checkpoint.pt", "training state of stage 1"),
     ):
         assert message in refused(script, flag, value, *more, "--outdir", tmp_path / "x")
         assert not (tmp_path / "x").exists()
+    own = shutil.copy(init[1], tmp_path / "network.pt")  # the run would replace its own start
+    assert "would be overwritten" in refused(train_diffratio, *SHORT, "--init", own, "--outdir", tmp_path)
     network = "--network", ASSETS / "digits-ratio.pt"
     assert "ratio network" in refused(sample, *network, "--out", tmp_path / "x.png")
 
@@ -364,9 +368,10 @@ def test_input_that_does_not_fit_is_named(refused, stage1, tmp_path):
 @pytest.mark.parametrize("script, flag", [
     *((pretrain, flag) for flag in (
         "--kimg=-1", "--batch=0", "--lr=nan", "--preset=imagenet", "--lr-rampup-kimg=-1",
-        "--lr-decay-batches=inf", "--p-mean=nan", "--beta2=1", "--dropout=1", "--micro-batch=3")),
+        "--lr-decay-batches=inf", "--p-mean=nan", "--beta2=1", "--dropout=1", "--micro-batch=3",
+        "--seed=99999999999999999999", "--grid-kimg=1e306", "--kimg=1e17")),
     *((train_diffratio, flag) for flag in (
-        "--lr-decay-kimg=-1", "--fid-images=1", "--beta1=1", "--beta2=-0.3", "--karras-share=1.1")),
+        "--lr-decay-kimg=-1", "--fid-images=1", "--beta1=1", "--beta2=-0.3", "--karras-share=1.1", "--t-init=1e39")),
 ])
 def test_nonsense_flags_are_refused(refused, tmp_path, script, flag):
     assert flag.split("=")[0] in refused(script, flag, "--outdir", tmp_path / "x")
