@@ -213,10 +213,10 @@ class Statistics:
             np.savez(file, **{k: v for k, v in vars(self).items() if v is not None})
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path, remedy="get it again"):
         """Read a `.npz` of `mu` and `sigma`; without `features` they are Inception's."""
         what = "a readable .npz of statistics `mu` and `sigma`"
-        with files.reading(path, what), np.load(path) as file:  # runs nothing: no pickles
+        with files.reading(path, what, remedy), np.load(path) as file:  # runs no pickles
             about = {key: file[key].item() for key in ("features", "n", "name") if key in file}
             arrays = file["mu"], file["sigma"]
             if "features" not in about and len(arrays[0]) != 2048:  # Inception's
@@ -300,7 +300,7 @@ def reference_statistics(extractor, dataset, rt):
             if rt.local_rank == 0:
                 statistics.save(path)
     else:
-        statistics = Statistics.load(path)
+        statistics = Statistics.load(path, "delete it and it is computed again")
     return dataclasses.replace(statistics, name=dataset.name)
 
 

@@ -96,14 +96,14 @@ def load_init(args, dataset):
         raise UserError(f"{args.init} would be overwritten; choose another --outdir")
     net = checkpoints.load_network(args.init, role="denoiser")
     config = net.config
-    # A subset keeps the numbers of a dataset.json, but not of class folders.
-    known = [config.label_dim] if dataset.classes else range(1, config.label_dim + 1)
-    fit = not config.label_dim or dataset.label_dim in known
+    names = net.about.get("classes")  # None in published networks
+    fit = not config.label_dim or (
+        not (names or dataset.classes) and 0 < dataset.label_dim <= config.label_dim)
     if not fit:
         dataset.require_labels()  # numbers the classes as stage 1 did, if the same have images
-        fit = dataset.label_dim == config.label_dim
-    wanted = (config.img_resolution, config.img_channels, config.label_dim)
-    found = (dataset.resolution, dataset.channels, dataset.label_dim)
+        fit = dataset.label_dim == config.label_dim and names in (None, dataset.classes)
+    wanted = (config.img_resolution, config.img_channels, names or config.label_dim)
+    found = (dataset.resolution, dataset.channels, dataset.classes or dataset.label_dim)
     if wanted[:2] != found[:2] or not fit:
         raise UserError(f"{args.init} has (resolution, channels, classes) {wanted}, but "
                         f"{dataset.name} has {found}; choose the data of stage 1")
@@ -128,6 +128,7 @@ def main():
     optimizer = training.Optimizer(net, rt, (0.9, args.beta2))
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     ema.about = dict(role="denoiser", data=args.data,
+                     classes=dataset.classes if args.cond else None,
                      class_frequencies=dataset.class_frequencies(net.config.label_dim))
     run = training.Run(args, rt, "stage 1", dataset, net=net, ema=ema, optimizer=optimizer)
     batches = data.batches(dataset, rt, args.seed, run.nimg, args.xflip)

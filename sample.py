@@ -203,7 +203,8 @@ def main():
     is_latent = net.config.img_channels == 4  # images have 1 or 3
     decode = latent_decoder(rt.device, args.vae) if is_latent else data.to_uint8
     how = "one step" if net.about["role"] == "generator" else f"Heun, {args.steps} steps"
-    print(f"{args.network}: {how}, {args.n} images")
+    rt.print(f"{args.network}: {how}, {args.n} images")
+    files.check_writable(args.out)  # before hours of work
 
     sizes = []  # effective sample sizes of the choices
 
@@ -229,8 +230,8 @@ def main():
             data.write_images(batches(), args.out)
     if sizes:
         size = torch.cat(sizes).mean()
-        print(f"effective sample size {size:.2f} of {args.candidates} candidates")
-    print(f"wrote {args.out}")
+        rt.print(f"effective sample size {size:.2f} of {args.candidates} candidates")
+    rt.print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

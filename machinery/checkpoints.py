@@ -49,7 +49,8 @@ def load_network(path, role=None):
             net = RatioNetwork(config) if about["role"] == "ratio" else Denoiser(config)
         wanted = {k: list(v.shape) for k, v in net.state_dict().items()}
         found = {k: list(v.shape) for k, v in state.items() if v.is_floating_point()
-                 and v.layout == torch.strided and v.device.type == "cpu"}
+                 and v.layout == torch.strided and v.device.type == "cpu"
+                 and v.numel() * v.element_size() <= v.untyped_storage().nbytes()}  # not expanded
         if wanted != found:
             key = min(k for k in wanted | found if wanted.get(k) != found.get(k))
             raise UserError(f"weights do not fit the network: {key} is {found.get(key, 'missing')}"

@@ -171,7 +171,7 @@ def load(spec, cache=None, resolution=None):
     """
     name, cache = str(spec), Path(cache or cache_dir())
     source, test = name.removesuffix(":test"), name.endswith(":test")
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if source == "digits" or source in DOWNLOADS:
         if path.is_dir():
             _say(f"{source}: the built-in data set; give ./{source} for your folder")

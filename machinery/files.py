@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -69,6 +70,18 @@ def atomic(path):
     finally:
         shutil.rmtree(part, ignore_errors=True)
         part.unlink(missing_ok=True)
+
+
+def check_writable(path):
+    """Raise unless a file can be made beside `path`, and `path` is no folder with a suffix."""
+    path = Path(path)
+    if path.suffix and path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def flush(path):

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import datetime
 import hashlib
+import io
 import json
 import math
 import os
@@ -34,7 +35,8 @@ class Stopped(BaseException):
 def run(main):
     """Call `main()`. Bad input: one line, exit code 2. After signal n the exit code is 128 + n."""
     try:
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
+            sys.stdout.reconfigure(errors="backslashreplace")
         for number in SIGNALS:
             _at_end.callback(signal.signal, number, signal.signal(number, _on_signal))
         main()
@@ -60,11 +62,15 @@ def run(main):
     finally:
         _at_end.close()
         _signals.in_step, _signals.number = False, 0
+        try:
+            sys.stdout and sys.stdout.flush()
+        except OSError:  # nobody reads it: Python's own attempt at its end would fail as well
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _on_signal(number, frame):
     if not _signals.in_step:
-        raise Stopped("stopped; the same command continues from the checkpoint", 128 + number)
+        raise Stopped("stopped; a training run continues from its last checkpoint", 128 + number)
     if not _signals.number:
         _signals.number, _signals.time = number, time.monotonic()
         with contextlib.suppress(OSError):  # a closed terminal; print may be what was interrupted
@@ -354,6 +360,9 @@ class Run:
 
     def __init__(self, args, rt, stage, dataset, **parts):
         self.dir, self.rt, self.stage, self.parts = Path(args.outdir), rt, stage, parts
+        if Path(args.data).is_dir() and Path(args.data).resolve() in self.dir.resolve().parents:
+            raise UserError(f"--outdir {self.dir} is in --data {args.data}, where its sample grids "
+                            "would become data; choose another")
         self.kind = f"training state of {stage}, version {FORMAT}"
         self.settings = {k: v for k, v in vars(args).items() if k not in {*FREE_FLAGS, "data"}}
         described = dataset.describe(parts["ema"].config.label_dim > 0)

@@ -16,7 +16,7 @@ from test_data import make
 import fid
 import gpu
 import measure
-from machinery import data, training
+from machinery import data, files, training
 from machinery.files import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # more threads slow small problems down
@@ -229,6 +229,10 @@ def test_reference_statistics_are_computed_once(recwarn):
     for other in (changed, images.reshape(15, 16, 16, 1)):
         with pytest.raises(TypeError):
             fid.reference_statistics(extractor, data.Dataset("mine", other), ONE_RANK)
+    (path,) = (files.cache_dir() / "stats").iterdir()
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="delete it"):
+        fid.reference_statistics(extractor, data.Dataset("mine", images), ONE_RANK)
 
 
 def measure_two_sets(rt):

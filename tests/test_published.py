@@ -152,6 +152,9 @@ def test_other_files_are_named_for_what_they_are(tmp_path):
     network, path = Denoiser(small("ddpmpp")), tmp_path / "file"
     save_network(path, network, role="denoiser")
     whole = path.read_bytes()
+    state = files.load_checkpoint(path)
+    state["state"] = {k: torch.zeros(1).expand(v.shape) for k, v in state["state"].items()}
+    files.save_checkpoint(state, tmp_path / "expanded.pt")  # tensors larger than what is stored
 
     def saved(value):
         with patch.dict(sys.modules, THEIRS):
@@ -162,6 +165,7 @@ def test_other_files_are_named_for_what_they_are(tmp_path):
         return write_published(path, network, **changes).read_bytes()
 
     for content, expected in (
+        ((tmp_path / "expanded.pt").read_bytes(), "do not fit"),
         (changed(decoder_type="skip"), "decoder_type='skip' is not implemented"),
         (changed(encoder_type="residual"), "encoder_type='residual' is not implemented"),
         (changed(channel_mult=[1, 2, 2]), "do not fit"), (changed(img_resolution=15), "15"),

@@ -193,6 +193,23 @@ def test_names_of_folders_need_not_be_utf_8_and_a_finished_run_says_so(tmp_path,
     assert rb"caf\udce9 at 0.064 kimg" in shown and shown.count(b"is done already") == 1
 
 
+@pytest.mark.parametrize("stdout", ["None", "os.fdopen(os.dup(pipe), 'w')"])
+def test_a_closed_output_costs_no_image(tmp_path, stdout):
+    text = ("import os, sys, sample\nfrom machinery import training\nread, pipe = os.pipe()\n"
+            f"os.close(read)\nos.dup2(pipe, 1)\nsys.stdout = {stdout}\n"
+            "sys.argv[1:] = ['--n', '4', '--out', sys.argv[1]]\ntraining.run(sample.main)")
+    result = python(text, tmp_path / "x.png")
+    assert (result.returncode, result.stderr) == (0, "") and (tmp_path / "x.png").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_work(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "generate", None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "x.npz").mkdir()
+    assert "file" in refused(sample, "--out", tmp_path / "file" / "x.npz")
+    assert "is a folder" in refused(sample, "--out", tmp_path / "x.npz").lower()
+
+
 def test_a_full_disk_is_one_line_and_keeps_the_file_before(refused, tmp_path):
     """As the system says it; torch's writer would say "unexpected pos"."""
     path, limits = tmp_path / "c.pt", resource.getrlimit(resource.RLIMIT_FSIZE)

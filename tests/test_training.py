@@ -126,11 +126,13 @@ def test_noise_levels_have_the_distribution_that_the_flags_name(flags, shares):
 
 @pytest.mark.parametrize("labels, folders, numbers", [
     ([0, 1, 2], None, [0, 1, 2]), ([0, 1, 1], None, [0, 1, 1]), ([0, 3, 7], None, [0, 1, 2]),
-    ([0, 0, 7], None, None), ([0, 1, 2], "abc", [0, 1, 2]), ([0, 1, 1], "bc", None)])
+    ([0, 0, 7], None, None), ([0, 1, 2], "abc", [0, 1, 2]), ([0, 1, 1], "bc", None),
+    ([0, 1, 2], "bcd", None)])
 def test_stage_2_numbers_the_classes_as_stage_1_or_refuses(tmp_path, labels, folders, numbers):
     """Of classes 0 and 7, or folders b and c, nobody knows which of three they were."""
     net = networks.Denoiser(dataclasses.replace(networks.NETWORKS["digits"], label_dim=3))
-    checkpoints.save_network(tmp_path / "network.pt", net, role="denoiser")
+    names = "abc" if folders else None
+    checkpoints.save_network(tmp_path / "network.pt", net, role="denoiser", classes=names)
     args = argparse.Namespace(init=str(tmp_path / "network.pt"), preset="digits", outdir="x")
     dataset = data.Dataset("some", np.zeros((3, 8, 8, 1), np.uint8), np.array(labels), folders)
     refusal = pytest.raises(files.UserError, match="choose the data of stage 1")
@@ -361,6 +363,9 @@ def test_input_that_does_not_fit_is_named(refused, stage1, tmp_path):
         assert not (tmp_path / "x").exists()
     own = shutil.copy(init[1], tmp_path / "network.pt")  # the run would replace its own start
     assert "would be overwritten" in refused(train_diffratio, *SHORT, "--init", own, "--outdir", tmp_path)
+    data.write_images([(np.zeros((2, 8, 8, 1), np.uint8), None)], tmp_path / "pictures")
+    inside = "--data", tmp_path / "pictures", "--outdir", tmp_path / "pictures" / "run"
+    assert "would become data" in refused(pretrain, *SHORT, *inside)
     network = "--network", ASSETS / "digits-ratio.pt"
     assert "ratio network" in refused(sample, *network, "--out", tmp_path / "x.png")
 
