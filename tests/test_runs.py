@@ -178,7 +178,7 @@ def test_content_is_on_the_disk_before_it_replaces_a_file(tmp_path, monkeypatch,
 
 
 def test_a_closed_terminal_does_not_end_even_the_shortest_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", mock.Mock())
+    monkeypatch.setattr(sys, "stdout", mock.Mock(encoding="utf-8"))
     sys.stdout.write.side_effect = OSError(5, "Input/output error")
     call(pretrain, *SHORT, "--kimg", "0.0001", "--outdir", tmp_path)
     assert files.load_checkpoint(tmp_path / "checkpoint.pt")["nimg"] == 32  # one step
