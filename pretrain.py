@@ -147,8 +147,7 @@ def main():
 
         # Log, look, save.
         if run.due(args.log_kimg):
-            sums, images = run.pop_sums()
-            loss = sums["loss"].item() / images
+            loss = run.pop_means()["loss"].item()
             run.report({"loss": loss}, f"loss {loss:.4f}")
         if run.due(args.grid_kimg):
             sample.preview(ema, run, args.seed)

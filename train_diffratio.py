@@ -202,7 +202,7 @@ def main():
 
         # 3. Log, look, save, measure.
         if run.due(args.log_kimg):
-            run.report(*training.stage2_line(*run.pop_sums()))
+            run.report(*training.stage2_line(run.pop_means()))
         if run.due(args.grid_kimg):
             sample.preview(ema, run, args.seed)
         if run.due(args.save_kimg) or run.due(args.fid_every) or run.stopping:

@@ -149,8 +149,7 @@ def main():
 
         # Log, look, save.
         if run.due(args.log_kimg):
-            sums, images = run.pop_sums()
-            means = {name: value.item() / images for name, value in sums.items()}
+            means = {name: value.item() for name, value in run.pop_means().items()}
             run.report(means, "  ".join(f"{name} {value:+.4f}" for name, value in means.items()))
         if run.due(args.grid_kimg):
             sample.preview(ema, run, args.seed)

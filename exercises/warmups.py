@@ -98,7 +98,7 @@ def read_log(seed, args):
     """ln 2 - cross-entropy bounds the Jensen-Shannon divergence from below (nats; at most ln 2 = 0.693)."""
     sigma, h_real, h_fake = both_logits(seed, args.noises)
     unused = dict(generator_loss=torch.zeros(()), gradient=torch.ones(1, 5))
-    bands = training.stage2_line(dict(unused, bands=training.band_sums(sigma, h_real, h_fake)), 1)[0]["bands"]
+    bands = training.stage2_line(dict(unused, bands=training.band_sums(sigma, h_real, h_fake)))[0]["bands"]
     right = torch.stack([h_real > 0, h_fake < 0])  # 0.5 is blind
     shares = (training.by_band(sigma, right) / training.by_band(sigma, torch.ones_like(right))).T.tolist()
     rows, last = [], {}

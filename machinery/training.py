@@ -456,11 +456,12 @@ class Run:
 
         fake.register_hook(add)
 
-    def pop_sums(self):
-        """({name: sum over ranks} of what was added since the last call, the number of images)."""
-        sums, images = self.sums, self.nimg - self.logged_nimg
+    def pop_means(self):
+        """{name: sum over the ranks, per image} of what was added since the last call."""
+        images = self.nimg - self.logged_nimg
+        means = {name: value / images for name, value in self.sums.items()}
         self.sums, self.logged_nimg = {}, self.nimg
-        return sums, images
+        return means
 
     def report(self, record, text):
         """Write a log line with the speed, and print `text`. NaN or infinity ends the run."""
@@ -531,8 +532,8 @@ def by_band(sigma, values):
     return sums.index_add_(1, band, values.double())
 
 
-def stage2_line(sums, images):
-    """(record, text) for the log: means over the images since the line before.
+def stage2_line(means):
+    """(record, text) for the log from `Run.pop_means`.
 
     generator_loss: as it is minimised; it says that the run is alive, not how good samples are.
     ratio_loss: ln 2 = 0.693 where data and samples cannot be told apart; ratio_accuracy: 0.5 there.
@@ -541,14 +542,14 @@ def stage2_line(sums, images):
     """
     names = [f"<{BANDS[0]}", *(f"{a}-{b}" for a, b in zip(BANDS, BANDS[1:])), f">{BANDS[-1]}"]
     bands = {}
-    shares = (sums["gradient"][0] / sums["gradient"].sum()).nan_to_num(0).tolist()
-    for name, share, (n, *values) in zip(names, shares, sums["bands"].T.tolist()):
+    shares = (means["gradient"][0] / means["gradient"].sum()).nan_to_num(0).tolist()
+    for name, share, (n, *values) in zip(names, shares, means["bands"].T.tolist()):
         if n:
             right, loss, h, h2 = (value / n for value in values)
             std = max(h2 - h * h, 0) ** 0.5
             bands[name] = dict(accuracy=right, loss=loss, logit_mean=h, logit_std=std,
                                gradient_share=share)
-    n, right, loss, *_ = sums["bands"].sum(dim=1).tolist()
-    record = dict(generator_loss=sums["generator_loss"].item() / images, ratio_loss=loss / n,
+    n, right, loss, *_ = means["bands"].sum(dim=1).tolist()
+    record = dict(generator_loss=means["generator_loss"].item(), ratio_loss=loss / n,
                   ratio_accuracy=right / n, bands=bands)
     return record, "generator {generator_loss:+.4f}  ratio {ratio_loss:.4f}".format(**record)

@@ -136,5 +136,5 @@ def test_the_log_sums_the_size_of_each_samples_gradient_by_noise_level():
     assert sums["gradient"].tolist() == [[5, 25, 0, 0, 0]]
     bands = training.band_sums(sigma, sigma, sigma)
     nothing = dict(bands=bands, generator_loss=torch.zeros(()), gradient=torch.zeros(1, 5))
-    record, _ = training.stage2_line(nothing, 4)  # all steps overflowed
+    record, _ = training.stage2_line(nothing)  # all steps overflowed
     assert {band["gradient_share"] for band in record["bands"].values()} == {0}
