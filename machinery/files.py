@@ -90,23 +90,23 @@ def flush(path):
         os.fsync(file.fileno())
 
 
-def lock(path, what):
-    """Lock the file `path` until the returned file is closed; `UserError` if another process has.
+def lock(folder):
+    """Context in which no other process locks `folder`; `UserError` if one has already.
 
-    None on systems and disks without locks.
+    It does nothing on systems and disks without locks.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a+")
     try:
         import fcntl  # not on Windows
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise UserError(f"{what} is in use by process {file.read()}; wait for it, stop it, "
+        raise UserError(f"{folder} is in use by process {file.read()}; wait for it, stop it, "
                         "or choose another folder") from None
     except (ImportError, OSError):
-        return None
-    for part in path.parent.glob(".*.pt.*.part"):  # what killed processes left half-written
+        return file
+    for part in folder.glob(".*.pt.*.part"):  # what killed processes left half-written
         part.unlink(missing_ok=True)
     file.truncate(0)
     print(os.getpid(), "on", socket.gethostname(), end="", file=file, flush=True)

@@ -374,8 +374,8 @@ class Run:
         self.step = {}  # the same of this rank, in the present step
         self.stopping = False  # whether a rank got a signal
         self.path, self.log_path = self.dir / "checkpoint.pt", self.dir / "log.jsonl"
-        if rt.is_main and (locked := files.lock(self.dir / ".lock", self.dir)):
-            _at_end.enter_context(locked)
+        if rt.is_main:
+            _at_end.enter_context(files.lock(self.dir))
         if self.path.exists():
             state = files.load_checkpoint(self.path, mmap=True)  # the ranks share its memory
             with files.reading(self.path, "a checkpoint of such a run", "choose another --outdir"):

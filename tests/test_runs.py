@@ -158,7 +158,7 @@ training.run(pretrain.main)""", *args, "--save-kimg", "0.128", "--outdir", tmp_p
 
 def test_a_second_process_is_refused_with_a_line_that_names_the_first(refused, tmp_path):
     args = [*SHORT, "--kimg", "0.032", "--outdir", tmp_path]
-    with files.lock(tmp_path / ".lock", tmp_path):
+    with files.lock(tmp_path):
         line = refused(pretrain, *args)
     assert f"{tmp_path} is in use by process {os.getpid()} on " in line
     assert [f.name for f in tmp_path.iterdir()] == [".lock"]
