@@ -264,7 +264,7 @@ class Optimizer:
 class Parser(argparse.ArgumentParser):
     """settings: {flag: (default, help[, type or choices])}; int and float are numbers above 0."""
 
-    def __init__(self, doc, settings={}):
+    def __init__(self, doc, settings):
         plain = argparse.RawDescriptionHelpFormatter
         super().__init__(description=doc, formatter_class=plain, allow_abbrev=False)
         for flag, (default, text, *kind) in settings.items():
