@@ -42,11 +42,10 @@ def heun(net, z, labels=None, steps=18):
         return (x - net(x.float(), x.new_full((len(x),), sigma).float(), labels).double()) / sigma
 
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
-        d = slope(x, sigma)
-        x_next = x + (sigma_next - sigma) * d
+        d, step = slope(x, sigma), sigma_next - sigma
         if sigma_next > 0:
-            x_next = x + (sigma_next - sigma) * (d + slope(x_next, sigma_next)) / 2
-        x = x_next
+            d = (d + slope(x + step * d, sigma_next)) / 2
+        x = x + step * d
     return x.float()
 
 
