@@ -445,7 +445,7 @@ def main():
                AT_LEAST_TWO),
         device=training.DEVICE,
         json=(False, "print one line of JSON instead of text"),
-        resolution=(None, "crop the centre of images and resize it to N x N", int),
+        resolution=training.SHARED_SETTINGS["resolution"],
         save_stats=(None, "write the statistics of REFERENCE to this .npz", str)))
     parser.add_argument("samples", metavar="SAMPLES", help="images or statistics")
     parser.add_argument("reference", metavar="REFERENCE", help="the same, often the training set")
