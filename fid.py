@@ -294,14 +294,14 @@ def reference_statistics(extractor, dataset, rt):
     # Increment the 2 when the features, or what is kept of them, change.
     key = hashlib.sha256(f"2 {dataset.fingerprint()} {extractor.tag}".encode()).hexdigest()[:32]
     path = files.cache_dir() / "stats" / f"{key}.npz"
-    if rt.agree(not path.exists()):
-        statistics, _ = measure_dataset(extractor, dataset, rt)
-        with contextlib.suppress(OSError):  # a full or read-only disk costs only the cache
-            if rt.local_rank == 0:
-                statistics.save(path)
-    else:
+    if not rt.agree(not path.exists()):
         statistics = Statistics.load(path, "delete it and it is computed again")
-    return dataclasses.replace(statistics, name=dataset.name)
+        return dataclasses.replace(statistics, name=dataset.name)
+    statistics, _ = measure_dataset(extractor, dataset, rt)
+    with contextlib.suppress(OSError):  # a full or read-only disk costs only the cache
+        if rt.local_rank == 0:
+            statistics.save(path)
+    return statistics
 
 
 def check_images(extractor, *sides):

@@ -295,7 +295,7 @@ def number(name, kind, low, high=math.inf):
 
 
 POSITIVE = {int: number("positive int below 2^31", int, 1, 2**31),
-            float: number("positive float below 1e8", float, 5e-324, 1e8)}
+            float: number("positive float below 1e38", float, 5e-324, 1e38)}
 finite = number("finite number", float, -sys.float_info.max)
 not_negative = number("non-negative number", float, 0)
 fraction = number("number in [0, 1)", float, 0, 1)
@@ -468,10 +468,10 @@ class Run:
         self._check({k: torch.tensor(v) for k, v in record.items() if isinstance(v, float)})
         (before, nimg), self.last = self.last, (time.monotonic(), self.nimg)
         rate = (self.nimg - nimg) / max(self.last[0] - before, 1e-9)
-        left = datetime.timedelta(seconds=int((self.total_nimg - self.nimg) / max(rate, 1e-9)))
+        left = int(min((self.total_nimg - self.nimg) / max(rate, 1e-9), 1e12))
         self.write({**record, "images_per_second": rate},
                    f"{self.nimg / 1000:.1f}/{self.total_nimg / 1000:.0f} kimg  "
-                   f"{rate:.0f} images/s  {left} left  {text}")
+                   f"{rate:.0f} images/s  {datetime.timedelta(seconds=left)} left  {text}")
 
     def _check(self, tensors):
         for name, value in tensors.items():
