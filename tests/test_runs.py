@@ -193,7 +193,7 @@ def test_names_of_folders_need_not_be_utf_8_and_a_finished_run_says_so(tmp_path,
     assert rb"caf\udce9 at 0.064 kimg" in shown and shown.count(b"is done already") == 1
 
 
-@pytest.mark.parametrize("stdout", ["None", "os.fdopen(os.dup(pipe), 'w')"])
+@pytest.mark.parametrize("stdout", ["None", "os.fdopen(os.dup(pipe), 'w', 1)"])
 def test_a_closed_output_costs_no_image(tmp_path, stdout):
     text = ("import os, sys, sample\nfrom machinery import training\nread, pipe = os.pipe()\n"
             f"os.close(read)\nos.dup2(pipe, 1)\nsys.stdout = {stdout}\n"
