@@ -73,9 +73,9 @@ def atomic(path):
 
 
 def check_writable(path):
-    """Raise unless a file can be made beside `path`, and `path` is no folder with a suffix."""
+    """Raise unless a file can be made beside `path`, and `path` is no folder named as a file."""
     path = Path(path)
-    if path.suffix and path.is_dir():
+    if path.suffix.lower() in (".png", ".npz") and path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
