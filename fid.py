@@ -455,6 +455,8 @@ def main():
     rt = training.Runtime(args.device)
 
     # Find all that can be wrong before the features are computed, which may take an hour.
+    if args.save_stats and rt.is_main:
+        files.check_writable(args.save_stats)
     specs = (args.samples, args.reference)
     sides = [rt.main_first(lambda: open_side(spec, args.resolution)) for spec in specs]
     if any(images for _, images in sides):  # two files of statistics need no network

@@ -86,12 +86,13 @@ def learning_rate(args, nimg):
 
 def load_init(args, dataset):
     """Stage 2: the `Denoiser` that --init names, checked against the data."""
-    ours = f"runs/{args.preset}/pretrain/network.pt"
-    args.init = args.init or ours
+    args.init = args.init or f"runs/{args.preset}/pretrain/network.pt"
     if not Path(args.init).exists():
-        first = f"run `python pretrain.py --preset {args.preset}` first, or " * (args.init == ours)
-        raise UserError(f"{args.init} is missing; {first}give --init a network of stage 1 or a "
-                        "published checkpoint (README, The paper's systems)")
+        how = f"run `python pretrain.py --preset {args.preset}` first"
+        if args.init.endswith(".pkl"):
+            how = "download it (README, The paper's systems)"
+        raise UserError(f"{args.init} is missing; {how}, or give --init a network of stage 1 or a "
+                        "published checkpoint")
     if Path(args.init).resolve() == Path(args.outdir, "network.pt").resolve():
         raise UserError(f"{args.init} would be overwritten; choose another --outdir")
     net = checkpoints.load_network(args.init, role="denoiser")

@@ -272,7 +272,7 @@ def main():
         pretrained=(None, "stage-1 network whose features to use as well", str),
         test=(None, "held-out images to compare with (default: Fashion-MNIST's and CIFAR-10's own, else the data)", str),
         device=training.DEVICE,
-        resolution=(None, "crop the centre of images and resize it to N x N", int),
+        resolution=training.SHARED_SETTINGS["resolution"],
         json=(None, "append a line of JSON to this file for each row", str)))
     parser.add_argument("data", metavar="NAME", help="digits, fashion-mnist, cifar10 or another labelled data set")
     parser.add_argument("samples", nargs="*", metavar="NAME=FILE", help="a row's name and its samples")

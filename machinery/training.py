@@ -360,7 +360,8 @@ class Run:
 
     def __init__(self, args, rt, stage, dataset, **parts):
         self.dir, self.rt, self.stage, self.parts = Path(args.outdir), rt, stage, parts
-        if Path(args.data).is_dir() and Path(args.data).resolve() in self.dir.resolve().parents:
+        folder = Path(os.path.expanduser(args.data))
+        if folder.is_dir() and folder.resolve() in self.dir.resolve().parents:
             raise UserError(f"--outdir {self.dir} is in --data {args.data}, where its sample grids "
                             "would become data; choose another")
         self.kind = f"training state of {stage}, version {FORMAT}"

@@ -151,6 +151,8 @@ def test_each_seed_and_hash_is_measured_once_and_the_table_shows_spread(brief, c
         call(run, "5", "--table", "--results", brief)
         assert "ratio step, then the same z" in capsys.readouterr().out
     assert brief.read_text() == text
+    with pytest.raises(UserError, match="0.064 instead of 24 kimg"):
+        run.measured(run.folder_of("", (), 17, brief), "--kimg 24", None, 17)
     older = changes.pristine  # of other scripts neither line nor folder is taken
     monkeypatch.setattr(changes, "pristine", lambda: older() | {"machinery/new.py": "x = 1\n"})
     call(run, "order", "--first-seed", "17", "--results", brief)

@@ -153,8 +153,9 @@ def test_verifier_measures_and_continues(refused, tmp_path, monkeypatch, capsys)
     args += ["--results", tmp_path / "new.jsonl"]
     assert "was not trained with" in refused(verifier, *args, "--ratio", ratio)
     net = checkpoints.load_network(ROOT / "assets" / "digits-ratio.pt")
-    checkpoints.save_network(other, net, **net.about | {"t_init": 1.0})  # of a run with another flag
-    assert "was not trained with" in refused(verifier, *args, "--ratio", other)
+    for flag in ({"seed": 1}, {"t_init": 1.0}):  # the same run with another flag
+        checkpoints.save_network(other, net, **net.about | flag)
+        assert "was not trained with" in refused(verifier, *args, "--ratio", other)
     assert "other images" in refused(verifier, *args, "--network", network, "--ratio", ratio)
     assert "none.pt: no such file" in refused(verifier, *args, "--network", tmp_path / "none.pt")
 

@@ -416,3 +416,10 @@ def test_bad_input_is_one_line(samples, reference, message, refused, tmp_path):
     other = make(tmp_path / "b.npz", reference) if reference else "digits"
     error = refused(fid, path, other, "--features", NETWORK, "--device", "cpu")
     assert re.search(message, error), error
+
+
+def test_a_place_for_the_statistics_that_cannot_be_written_is_named_first(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(fid, "load_extractor", None)  # no features are computed
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "stats.npz"
+    assert f"{place}" in refused(fid, "digits", "digits", "--save-stats", place, "--device", "cpu")

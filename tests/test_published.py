@@ -229,11 +229,14 @@ def test_tensors_stay_within_their_storage_arrays_hold_numbers_and_memory_stays_
     array = np.random.default_rng(0).normal(size=(3, 5)).T  # as in the reference files of EDM2
     found = read(tmp_path, pickle.dumps({"fid": {"mu": array}}))["fid"]["mu"]
     assert type(found) is np.ndarray and found.dtype == float and np.array_equal(found, array)
-    beyond = [tensor(storage, *place) for place in ((2, 5), (-1, 2), (0, 2**60))]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for content in (*map(pickle.dumps, (*beyond, tensor("text"), np.array([{}, None]))),
-                    b"\x80\x02K\x01r" + (2**26).to_bytes(4, "little"),  # "remember as number 2^26"
-                    b"\x80\x05\x96" + (2**30).to_bytes(8, "little")):  # "2^30 bytes follow"
+    for content in (tensor(storage, 2, 5), tensor(storage, -1, 2), tensor(storage, 0, 2**60),
+                    tensor("text"), np.array([{}, None])):
         with pytest.raises(UserError, match="file.pkl: "):
-            read(tmp_path, content)
+            read(tmp_path, pickle.dumps(content))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for content in (b"\x80\x02K\x01r" + (2**26).to_bytes(4, "little"),  # "remember as number 2^26"
+                    b"\x80\x05\x96" + (2**30).to_bytes(8, "little")):  # "2^30 bytes follow"
+        (tmp_path / "file.pkl").write_bytes(content + b".")
+        with pytest.raises(UserError, match="file.pkl: "):
+            load_network(tmp_path / "file.pkl")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # kB

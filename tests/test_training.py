@@ -354,8 +354,8 @@ def test_input_that_does_not_fit_is_named(refused, stage1, tmp_path):
         (pretrain, "--data", tmp_path / "9.npz", "cannot be halved"),
         (pretrain, "--data", tmp_path / "16.npz", "no labels", "--cond"),
         (train_diffratio, "--data", tmp_path / "16.npz", "(8, 1, 0)", *init),
-        (train_diffratio, "--preset", "digits", "run `python pretrain.py --preset digits` first"),
-        (train_diffratio, "--preset", "cifar10", "pkl is missing; give", "--data", tmp_path / "16.npz"),
+        (train_diffratio, "--init", tmp_path / "none", "python pretrain.py --preset digits"),
+        (train_diffratio, "--preset", "cifar10", "pkl is missing; download it", "--data", tmp_path / "16.npz"),
         (train_diffratio, "--init", ASSETS / "digits.pt", "holds a generator"),
         (train_diffratio, "--init", stage1 / "checkpoint.pt", "training state of stage 1"),
     ):
